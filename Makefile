@@ -1,0 +1,36 @@
+# gradreg: `make help` lists what there is. Every target works in a fresh clone.
+PY = .venv/bin/python
+.DEFAULT_GOAL := help
+.PHONY: help install export test test-latest study lab clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: .venv/installed ## create .venv and install the package with its development tools
+
+.venv/installed: settings.ini setup.py
+	python3 -m venv .venv
+	$(PY) -m pip install -q -e '.[dev]'
+	touch $@
+
+export: install ## notebooks -> gradreg/*.py and README.md, then clean the notebooks' metadata
+	.venv/bin/nbdev_export
+	.venv/bin/nbdev_clean
+	$(PY) docs/make_readme.py
+
+test: install ## every check there is, notebooks included (the CI suite)
+	$(PY) -m pytest -q tests
+
+test-latest: ## the installed package alone, with the newest fastai and fastcore, in a second environment
+	python3 -m venv .venv-latest
+	.venv-latest/bin/python -m pip install -q -U . pytest
+	cd tests && ../.venv-latest/bin/python -m pytest -q -p no:cacheprovider test_latest.py
+
+study: install ## the first study: train, compare, write figures and a page (about three minutes)
+	$(PY) -m gradreg.cli run digits
+
+lab: install ## JupyterLab on the book
+	.venv/bin/jupyter lab nbs
+
+clean: ## remove what make made, environments included
+	rm -rf .venv .venv-latest build dist _docs _proc docs/_build nbs/studies/out *.egg-info
