@@ -11,4 +11,12 @@ d = { 'settings': { 'branch': 'main',
                                    'gradreg.jacobians.softmax_jacobian': ('jacobians.html#softmax_jacobian', 'gradreg/jacobians.py'),
                                    'gradreg.jacobians.sq_norm': ('jacobians.html#sq_norm', 'gradreg/jacobians.py'),
                                    'gradreg.jacobians.vjp': ('jacobians.html#vjp', 'gradreg/jacobians.py'),
-                                   'gradreg.jacobians.xent_jacobian': ('jacobians.html#xent_jacobian', 'gradreg/jacobians.py')}}}
+                                   'gradreg.jacobians.xent_jacobian': ('jacobians.html#xent_jacobian', 'gradreg/jacobians.py')},
+            'gradreg.penalties': { 'gradreg.penalties.confidence_penalty': ('penalties.html#confidence_penalty', 'gradreg/penalties.py'),
+                                   'gradreg.penalties.double_back': ('penalties.html#double_back', 'gradreg/penalties.py'),
+                                   'gradreg.penalties.frob_reg': ('penalties.html#frob_reg', 'gradreg/penalties.py'),
+                                   'gradreg.penalties.gaussian': ('penalties.html#gaussian', 'gradreg/penalties.py'),
+                                   'gradreg.penalties.jac_reg': ('penalties.html#jac_reg', 'gradreg/penalties.py'),
+                                   'gradreg.penalties.rademacher': ('penalties.html#rademacher', 'gradreg/penalties.py'),
+                                   'gradreg.penalties.spect_reg': ('penalties.html#spect_reg', 'gradreg/penalties.py'),
+                                   'gradreg.penalties.sphere': ('penalties.html#sphere', 'gradreg/penalties.py')}}}
