@@ -18,5 +18,5 @@ setup(
     packages=find_packages(include=['gradreg']), python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
-    entry_points={'nbdev': ['gradreg=gradreg._modidx:d']},
+    entry_points={'nbdev': ['gradreg=gradreg._modidx:d'], 'console_scripts': ['gradreg=gradreg.cli:main']},
     zip_safe=False)
