@@ -1,39 +1,51 @@
-"README.md from nbs/index.ipynb: what a reader of the notebook sees, with figures as files beside it."
+"README.md from nbs/index.ipynb: what a reader of the notebook sees, with figures as files in docs/images."
 import base64, json, re
 from pathlib import Path
+from posixpath import normpath
 
 root = Path(__file__).resolve().parents[1]
+note = '<!-- made from nbs/index.ipynb by `make export` -->'
 
-def directives(source): return re.findall(r'^#\|\s*(.+?)\s*$', source, flags=re.M)
-def code(source): return re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip('\n')
+def directives(source):
+    "The `#| key: value` lines of a cell as a dict; a key alone has the value ''."
+    pairs = (o.partition(':') for o in re.findall(r'^#\s*\|(.*)$', source, re.M))
+    return {key.strip(): value.strip() for key,_,value in pairs}
 
-def outputs(cell, images):
-    "Markdown of a code cell's stored outputs; PNGs are added to `images` under their file name."
+def code(source): return re.sub(r'^#\s*\|.*\n?', '', source, flags=re.M).strip()
+
+def relink(markdown):
+    "Relative links of a notebook in nbs/, as seen from the root; code stays as it is."
+    parts = re.split(r'(```.*?```|`[^`\n]*`)', markdown, flags=re.S)
+    parts[::2] = [re.sub(r'\]\((?!\w+:|[#/])([^)\s]+)', lambda m: f"]({normpath('nbs/' + m[1])}", o) for o in parts[::2]]
+    return ''.join(parts)
+
+def outputs(cell, alt, images):
+    "Markdown of a cell's stored outputs; PNGs go to `images` under their file names."
     for o in cell['outputs']:
         data = o.get('data', {})
-        if 'image/png' in data:
-            name = f'readme-{len(images)+1}.png'
-            images[name] = base64.b64decode(data['image/png'])
-            yield f'![{cell_alt(cell)}](docs/images/{name})'
-        elif text := ''.join(o.get('text') or data.get('text/plain', '')): yield f'```\n{text.rstrip()}\n```'
-
-def cell_alt(cell): return next((d.partition(':')[2].strip() for d in directives(''.join(cell['source'])) if d.startswith('fig-alt:')), 'figure')
+        if png := ''.join(data.get('image/png', '')):
+            name = f'readme-{len(images) + 1}.png'
+            images[name] = base64.b64decode(png)
+            yield f'![{alt}](docs/images/{name})'
+        elif text := ''.join(o.get('text') or data.get('text/plain', '')).strip('\n'): yield f'```\n{text}\n```'
 
 def render(nb):
-    "The README's text and its images by file name."
-    parts,images = [],{}
+    "The README's text, and its images by file name."
+    parts,images = [note],{}
     for cell in nb['cells']:
         source = ''.join(cell['source'])
-        flags = directives(source) if cell['cell_type'] == 'code' else []
-        if cell['cell_type'] == 'markdown': parts.append(re.sub(r'\]\(((?:studies/)?\w+\.ipynb)\)', r'](nbs/\1)', source))
-        elif cell['cell_type'] == 'code' and 'hide' not in flags:
-            if 'echo: false' not in flags: parts.append(f'```python\n{code(source)}\n```')
-            parts += outputs(cell, images)
-    return '<!-- made from nbs/index.ipynb by `make export` -->\n\n' + '\n\n'.join(parts) + '\n',images
+        if cell['cell_type'] == 'markdown': parts.append(relink(source))
+        if cell['cell_type'] != 'code' or 'hide' in (flags := directives(source)): continue
+        if flags.get('echo') != 'false' and code(source): parts.append(f'```python\n{code(source)}\n```')
+        parts += outputs(cell, flags.get('fig-alt', 'figure'), images)
+    return '\n\n'.join(parts) + '\n',images
 
-if __name__ == '__main__':
+def main():
     text,images = render(json.loads((root/'nbs/index.ipynb').read_text(encoding='utf-8')))
-    (root/'docs/images').mkdir(parents=True, exist_ok=True)
-    for old in (root/'docs/images').glob('readme-*.png'): old.unlink()
-    for name,png in images.items(): (root/'docs/images'/name).write_bytes(png)
+    folder = root/'docs/images'
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in set(folder.glob('readme-*.png')) - {folder/name for name in images}: old.unlink()
+    for name,png in images.items(): (folder/name).write_bytes(png)
     (root/'README.md').write_text(text, encoding='utf-8')
+
+if __name__ == '__main__': main()

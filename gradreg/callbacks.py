@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['GradReg', 'SpectReg', 'FrobReg', 'JacReg', 'DoubleBack', 'ConfidencePenalty']
 
-# %% ../nbs/10_callbacks.ipynb #dba71c64
+# %% ../nbs/10_callbacks.ipynb #a1ecc316
 import math
+from statistics import mean
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
@@ -26,7 +27,7 @@ def _leaf(x):
 def _compiled(model): # `torch.compile(model)` or `model.compile()`, in any submodule
     return any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None for m in model.modules())
 
-# %% ../nbs/10_callbacks.ipynb #f9955a1a
+# %% ../nbs/10_callbacks.ipynb #ef41991e
 class GradReg(Callback):
     "Base of the penalty callbacks: adds `lam` times the batch mean of `penalty()` to the loss that is differentiated (paper, section 2.1)."
     order,run_valid = GradientAccumulation.order-1,False
@@ -36,7 +37,8 @@ class GradReg(Callback):
     ):
         if not (math.isfinite(lam) and lam >= 0): raise ValueError(f"lam={lam}: the strength must be a finite number, at least 0")
         if not (isinstance(every, int) and every > 0): raise ValueError(f"every={every}: must be a whole number, at least 1 (each batch)")
-        self.lam,self.every,self.penalties,self._recent = lam,every,[],[]
+        self.lam,self.every = lam,every
+        self._start_record()
 
     def penalty(self)->Tensor: # (N,)
         "One number per example of the current batch, from `self.pred`, `self.x` and `self.yb`. Each subclass has its own."
@@ -53,33 +55,44 @@ class GradReg(Callback):
         return penalty(s*y, self.x, *args)/s**2
 
     @property
+    def penalties(self)->list: # of floats
+        "The mean penalty of each batch of the last fit to which it was applied; reading it fetches them from the device."
+        if self._new: self._fetched,self._new = self._fetched + torch.stack(self._new).tolist(),[]
+        return self._fetched
+
+    @property
     def _idle(self): return self.lam == 0 or self.train_iter % self.every != 0
 
     def before_fit(self):
+        self._drop_column()
+        if not self.learn.create_mbar: return  # `validate` and `get_preds` send this event too
         if _compiled(self.model):
             raise ValueError("the model is compiled, and a compiled backward pass cannot be differentiated again "
                              "(pytorch#91469): train the original, `learn.model = compiled._orig_mod`, and compile it afterwards")
-        self.penalties,self._recent = [],[]
-        self._set_metrics(ValueMetric(self._mean, self.name))
+        self._start_record()
+        self.learn.metrics = self.learn.metrics + ValueMetric(self._mean, self.name)
+
+    def before_train(self): self._epoch_start = len(self.penalties)
 
     def before_batch(self):
         if not self._idle: self.learn.xb = tuple(_leaf(x) for x in self.xb)
 
     def after_loss(self):
         if self._idle: return
-        with torch.autocast(self.pred.device.type, enabled=False): pen = self.penalty().mean()
-        self._recent.append(pen.detach())
+        with torch.autocast(self.learn.loss_grad.device.type, enabled=False): pen = self.penalty().mean()
+        self._new.append(pen.detach())
         self.learn.loss_grad = self.learn.loss_grad + self.every*self.lam*pen
 
-    def after_train(self):
-        self._recent = torch.stack(self._recent).tolist() if self._recent else []
-        self.penalties += self._recent
-        self._epoch_mean,self._recent = sum(self._recent)/len(self._recent) if self._recent else math.nan,[]
+    def after_train(self): self._epoch_mean = mean(self.penalties[self._epoch_start:] or [math.nan])
+    def after_fit(self): self._drop_column()
 
-    def after_fit(self): self._set_metrics()
+    def _start_record(self): self._fetched,self._new,self._epoch_start,self._epoch_mean = [],[],0,math.nan
     def _mean(self): return self._epoch_mean
-    def _set_metrics(self, *own): # a fit that was broken off may have left its column
-        self.learn.metrics = L(m for m in self.learn.metrics if getattr(m, 'func', None) != self._mean) + L(own)
+    def _drop_column(self): self.learn.metrics = L(m for m in self.learn.metrics if getattr(m, 'func', None) != self._mean)
+
+    def __setattr__(self, name, value):
+        if name == 'learn' and value is None and self.learn: self._drop_column()  # taken off, perhaps after a fit that broke
+        super().__setattr__(name, value)
 
 # %% ../nbs/10_callbacks.ipynb #cabdc3ed
 class SpectReg(GradReg):

@@ -46,7 +46,7 @@ def show(
     import nbformat
     print('\n\n'.join(_texts(nbformat.read(_study(study), 4))))
 
-# %% ../nbs/22_cli.ipynb #9f929836
+# %% ../nbs/22_cli.ipynb #6159e9e5
 _style = """body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
 table{border-collapse:collapse;font-size:.85rem;margin:1rem 0;display:block;overflow-x:auto}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right}
 th:first-child{text-align:left}pre{overflow-x:auto;background:#f6f6f6;padding:.6rem;font-size:.8rem}blockquote{border-left:3px solid #bbb;margin-left:0;padding-left:1rem;color:#555}
@@ -79,7 +79,7 @@ def run(
     path = _study(study)
     out = Path(out or path.parent/'out'/study).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    os.environ['GRADREG_RESULTS'] = str(out)
+    os.environ.update(GRADREG_RESULTS=str(out), PYTHONWARNINGS='ignore')
     nb = nbformat.read(path, 4)
     _execute(nb, path.parent)
     nbformat.write(nb, out/path.name)

@@ -17,9 +17,9 @@ def sq_norm(
     t = t.unsqueeze(-1)  # a row may be a single number
     return t.square().sum(tuple(range(1, t.ndim)))
 
-# %% ../nbs/00_jacobians.ipynb #a1ea52ff
-def _grad(y, x, v, batched=False):
-    "Derivative of <v, y> in `x`, differentiable where grad mode is on; says what is wrong with `x` where there is none."
+# %% ../nbs/00_jacobians.ipynb #7dc628d3
+def _check(y, x):
+    "Say what is wrong with `x` or `y` where `y` has no derivative in `x`."
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__name__}, not a tensor: call once for each input, with the same v, and add the results")
     if not x.is_floating_point():
@@ -31,23 +31,27 @@ def _grad(y, x, v, batched=False):
         raise ValueError("y has no graph: compute it from x with gradients enabled, and do not detach it")
     if y.shape[:1] != x.shape[:1]:
         raise ValueError(f"y {tuple(y.shape)} and x {tuple(x.shape)} must agree in the first axis, one row per example")
+
+def _grad(y, x, v, batched=False):
+    "Derivative of <v, y> in `x`, differentiable where grad mode is on."
     g, = torch.autograd.grad(y, x, v, create_graph=torch.is_grad_enabled(), retain_graph=True,
                              allow_unused=True, is_grads_batched=batched)
     if g is None:
         raise ValueError("y does not depend on x: x must be the very tensor that went into the model, not a copy of it")
     return g
 
-# %% ../nbs/00_jacobians.ipynb #0057fd29
+# %% ../nbs/00_jacobians.ipynb #d73cd122
 def vjp(
     y:Tensor, # outputs computed from `x`, (N,C) or any shape with an example per row
     x:Tensor, # inputs or any tensor of the graph that `y` depends on, requires grad, (N,*D)
     v:Tensor  # one direction per example, of y's shape
 )->Tensor: # (N,*D), differentiable unless grad mode is off
     "The vector-Jacobian product $J^T v$ of each example: one backward pass, whatever C is (paper, section 2.4)."
+    _check(y, x)
     if v.shape != y.shape: raise ValueError(f"v has shape {tuple(v.shape)}, but y has {tuple(y.shape)}: one entry of v per output")
     return _grad(y, x, v)
 
-# %% ../nbs/00_jacobians.ipynb #e1e899a3
+# %% ../nbs/00_jacobians.ipynb #be97a173
 def _rows_per_call(x): return 1 if x.is_cpu and x.ndim > 2 else 32  # measured below
 
 def jacobian(
@@ -55,6 +59,7 @@ def jacobian(
     x:Tensor  # inputs or any tensor of the graph that `y` depends on, requires grad, (N,*D)
 )->Tensor: # (N,C,*D), differentiable unless grad mode is off
     "The exact Jacobian of each example, one backward pass per column of `y` (paper, section 2.4)."
+    _check(y, x)
     if y.ndim != 2: raise ValueError(f"y has shape {tuple(y.shape)}, but its Jacobian needs (N,C): flatten it or pick a column")
     n, c = y.shape
     rows = torch.eye(c, dtype=y.dtype, device=y.device).unsqueeze(1).expand(c, n, c)

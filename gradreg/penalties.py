@@ -29,13 +29,14 @@ def frob_reg(
     "Squared Frobenius norm of the logits' Jacobian, exact, by C backward passes (paper, section 2.1; Jakubovitz and Giryes 2018)."
     return sq_norm(jacobian(logits, x))
 
-# %% ../nbs/01_penalties.ipynb #a02e61bf
+# %% ../nbs/01_penalties.ipynb #264b49f1
 def jac_reg(
     logits:Tensor, # outputs computed from `x`, (N,C)
     x:Tensor       # inputs or any tensor of the graph that `logits` depend on, requires grad, (N,*D)
 )->Tensor: # (N,)
     "Squared Frobenius norm of the probabilities' Jacobian, exact, by C backward passes (paper, section 2.1; Sokolic et al. 2017)."
-    return frob_reg(logits.softmax(1), x)
+    with torch.enable_grad(): p = logits.softmax(1)  # to differentiate it, also where the result needs no graph
+    return frob_reg(p, x)
 
 # %% ../nbs/01_penalties.ipynb #1d353224
 def gaussian(

@@ -6,7 +6,7 @@
 __all__ = ['PROTOCOL', 'REGULARIZERS', 'Run', 'grid', 'Iterations', 'HalfSumLoss', 'run', 'append_row', 'results', 'load_rows',
            'run_all', 'summarize', 'compare', 'tune']
 
-# %% ../nbs/20_study.ipynb #c84be1dc
+# %% ../nbs/20_study.ipynb #d36da775
 import csv, io, itertools, math, os, platform, resource, subprocess, tempfile, time, warnings
 from collections.abc import Iterable
 from concurrent.futures.process import BrokenProcessPool
@@ -27,9 +27,9 @@ from torch import nn
 from tqdm import tqdm
 from . import callbacks, models, penalties
 from .data import image_dls, load_arrays, sin_dls
-from .measures import accuracy, between, jac_norms, mse, noise_like
+from .measures import accuracy, between, jac_norms, noise_like
 
-# %% ../nbs/20_study.ipynb #0eb32472
+# %% ../nbs/20_study.ipynb #4dd93d64
 PROTOCOL = 1  # raise it when a change of `run` or of the data makes old rows incomparable
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Run:
     data:str='mnist'             # a data set that `load_arrays` knows, or 'sin'
     model:str='lenet5'           # lenet5, mlp, cifar_resnet or resnet18
     n_train:int=2000             # training points, balanced over the classes
-    double_back:float=0.         # strengths of the regularizers, 0 for none
-    jac_reg:float=0.
-    frob_reg:float=0.
-    spect_reg:float=0.
-    confidence_penalty:float=0.
+    double_back:float=0.         # strength (lambda) of DoubleBack, 0 for none
+    jac_reg:float=0.             # of JacReg
+    frob_reg:float=0.            # of FrobReg
+    spect_reg:float=0.           # of SpectReg
+    confidence_penalty:float=0.  # of the confidence penalty
     probe:str='gaussian'         # of `spect_reg`: gaussian, sphere, rademacher
     every:int=1                  # penalties on each `every`-th batch, that much stronger
     wd:float=0.                  # L2 weight decay, `wd/2` times the squared weights, without biases and BatchNorm
@@ -54,7 +54,7 @@ class Run:
     iters:int=10_000             # training steps
     n_valid:int=10_000           # validation points, from the rest of the training corpus
     seed:int=0                   # of the subset, the initial weights, the order, dropout and the probes
-    protocol:int=PROTOCOL
+    protocol:int=PROTOCOL        # version of the protocol, so that changed rules make new rows
 
     def __post_init__(self):
         for f in fields(self):
@@ -122,7 +122,7 @@ def _opt_func(r):
         raise ValueError(f"opt={r.opt!r}: choose adam or sgd")
     return opt
 
-# %% ../nbs/20_study.ipynb #225f0e82
+# %% ../nbs/20_study.ipynb #55a9edfc
 @lru_cache
 def _commit():
     got = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
@@ -137,7 +137,9 @@ def _peak_mb(device):
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)/2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if platform.system() == 'Darwin' else 2**10)
 
-def _score(model, ds): return (mse if ds.y.is_floating_point() else accuracy)(model, ds.x, ds.y)
+def _score(model, ds):
+    if not ds.y.is_floating_point(): return accuracy(model, ds.x, ds.y)
+    with torch.no_grad(): return nn.functional.mse_loss(model.eval()(ds.x), ds.y).item()
 
 def _some(x, n=64): return x[::max(1, len(x)//n)][:n]
 

@@ -1,0 +1,455 @@
+"Jacobian products and penalties against torch.func in float64: nets, classes, dtypes, shapes, modes; errors; memory; probes"
+import copy, gc, subprocess, sys, weakref
+import pytest, torch
+from fastai.torch_core import TensorImage
+from torch import nn
+from torch.func import functional_call, grad, jacrev, vmap
+from torch.nn import functional as F
+from torch.testing import assert_close
+from gradreg import jacobians
+from gradreg.jacobians import jacobian, softmax_jacobian, sq_norm, vjp, xent_jacobian
+from gradreg.penalties import confidence_penalty, double_back, frob_reg, gaussian, jac_reg, rademacher, spect_reg, sphere
+
+F64 = torch.float64
+on_each_device = pytest.mark.parametrize('device', ['cpu', *['cuda']*torch.cuda.is_available()])
+
+NETS = {'mlp': (lambda c: nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, c)), (12,)),
+        'conv': (lambda c: nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 5, 2), nn.Tanh(), nn.Flatten(), nn.Linear(5, c)), (2, 6, 6))}
+each_net = pytest.mark.parametrize('kind', NETS)
+
+# ours: (logits, x, one-hot labels, probe) -> (N,); witness: what of one example's logits is differentiated
+PENALTIES = {'double_back': (lambda z, x, y, v: double_back(F.cross_entropy(z, y.argmax(1), reduction='none'), x), lambda z, y, v: -(y*z.log_softmax(0)).sum(0, keepdim=True)),
+             'frob_reg': (lambda z, x, y, v: frob_reg(z, x), lambda z, y, v: z),
+             'jac_reg': (lambda z, x, y, v: jac_reg(z, x), lambda z, y, v: z.softmax(0)),
+             'spect_reg': (lambda z, x, y, v: spect_reg(z, x, v), lambda z, y, v: (z*v).sum(0, keepdim=True))}
+each_penalty = pytest.mark.parametrize('name', PENALTIES)
+
+def make(kind, c=3, n=4, dtype=F64, device='cpu', seed=0):
+    "A net, inputs that require grad, one-hot labels and a probe"
+    torch.manual_seed(seed)
+    f, d = NETS[kind]
+    y = F.one_hot(torch.randint(c, (n,)), c)
+    return f(c).to(device, dtype), torch.randn(n, *d).to(device, dtype).requires_grad_(), y.to(device, dtype), torch.randn(n, c).to(device, dtype)
+
+def witness(net, name, x, y, v):
+    "(N,) and a dict of weight gradients of their sum weighted by 1, 2, ..., N: full Jacobians of single examples, in float64"
+    net, (x, y, v) = copy.deepcopy(net).double(), (o.detach().double() for o in (x, y, v))
+    head, bufs = PENALTIES[name][1], dict(net.named_buffers())
+    def pen(ps):
+        one = lambda o, y, v: head(functional_call(net, {**ps, **bufs}, (o[None],))[0], y, v)
+        return vmap(jacrev(one))(x, y, v).flatten(1).square().sum(1)
+    ps = {k: p.detach() for k, p in net.named_parameters()}
+    return pen(ps), grad(lambda ps: (pen(ps)*weighting(pen(ps))).sum())(ps)
+
+def weighting(pen): return torch.arange(1, len(pen)+1).to(pen)
+
+def weight_grads(net, pen):
+    gs = torch.autograd.grad((pen*weighting(pen)).sum(), list(net.parameters()), allow_unused=True, retain_graph=True)
+    return {k: torch.zeros_like(p) if g is None else g for (k, p), g in zip(net.named_parameters(), gs)}
+
+def check(got, want, rtol):
+    scale = want.abs().max().item() if want.numel() else 0
+    assert_close(got.detach().double(), want, rtol=rtol, atol=rtol*max(scale, 1e-8))
+
+
+# values and weight gradients
+
+@on_each_device
+@pytest.mark.parametrize('dtype,rtol', [(torch.float32, 2e-4), (F64, 1e-9)])
+@pytest.mark.parametrize('n', [1, 7])
+@pytest.mark.parametrize('c', [1, 2, 10])
+@each_net
+@each_penalty
+def test_against_jacrev(name, kind, c, n, dtype, rtol, device):
+    net, x, y, v = make(kind, c, n, dtype, device)
+    pen = PENALTIES[name][0](net(x), x, y, v)
+    value, grads = witness(net, name, x, y, v)
+    assert pen.shape == (n,) and pen.dtype == dtype and pen.device == x.device
+    check(pen, value, rtol)
+    assert c == 1 and name in ('double_back', 'jac_reg') or (value > 1e-6).all()  # of one class there is nothing to doubt
+    ours = weight_grads(net, pen)
+    for k, g in grads.items(): check(ours[k], g, 5*rtol)
+
+@pytest.mark.parametrize('dtype,rtol', [(torch.float16, 2e-2), (torch.bfloat16, .15)])
+@each_net
+@each_penalty
+def test_half_precision(name, kind, dtype, rtol):
+    net, x, y, v = make(kind, 3, 4, dtype)
+    try: logits = net(x)
+    except RuntimeError as e: pytest.skip(f'this PyTorch has no {dtype} on this CPU: {e}')
+    pen = PENALTIES[name][0](logits, x, y, v)
+    grads = weight_grads(net, pen)
+    value, want = witness(net, name, x, y, v)
+    assert pen.dtype == dtype
+    check(pen, value, rtol)
+    for k, g in want.items(): check(grads[k], g, 2*rtol)
+
+INPUTS = {'1': ((6,), lambda: nn.Linear(6, 5)), '2': ((3, 4), lambda: nn.Sequential(nn.Conv1d(3, 2, 2), nn.Flatten(), nn.Linear(6, 5))),
+          '3': ((2, 4, 3), lambda: nn.Sequential(nn.Conv2d(2, 2, 2), nn.Flatten(), nn.Linear(12, 5))),
+          '4': ((1, 3, 2, 4), lambda: nn.Sequential(nn.Conv3d(1, 2, 2), nn.Flatten(), nn.Linear(12, 5)))}
+
+@pytest.mark.parametrize('dims', INPUTS)
+@each_penalty
+def test_dimensions_of_an_input(name, dims):
+    d, body = INPUTS[dims]
+    net = nn.Sequential(body(), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y, v = torch.randn(4, *d, dtype=F64, requires_grad=True), torch.eye(3, dtype=F64)[[0, 2, 1, 0]], torch.randn(4, 3, dtype=F64)
+    pen = PENALTIES[name][0](net(x), x, y, v)
+    value, grads = witness(net, name, x, y, v)
+    check(pen, value, 1e-9)
+    ours = weight_grads(net, pen)
+    for k, g in grads.items(): check(ours[k], g, 1e-9)
+
+def test_one_number_per_example():
+    x = torch.randn(5, dtype=F64, requires_grad=True)
+    y = torch.stack([x.sin(), x**2], 1)
+    J = torch.stack([x.cos(), 2*x], 1)
+    assert_close(jacobian(y, x), J)
+    assert_close(frob_reg(y, x), J.square().sum(1))
+    assert_close(double_back(y[:, 1], x), 4*x**2)
+    assert_close(vjp(x.sin(), x, torch.full((5,), 3., dtype=F64)), 3*x.cos())
+
+@each_net
+@each_penalty
+def test_a_hidden_activation_as_x(name, kind):
+    net, x, y, v = make(kind)
+    body, head = net[:2], net[2:]
+    for inputs in x, x.detach():  # the inputs need no gradient then
+        h = body(inputs)
+        value, grads = witness(head, name, h, y, v)
+        pen = PENALTIES[name][0](head(h), h, y, v)
+        check(pen, value, 1e-9)
+        ours = weight_grads(head, pen)
+        for k, g in grads.items(): check(ours[k], g, 1e-9)
+
+@each_penalty
+def test_channels_last(name):
+    net, x, y, v = make('conv')
+    value, grads = witness(net, name, x, y, v)
+    net, x = net.to(memory_format=torch.channels_last), x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    assert not x.is_contiguous()
+    pen = PENALTIES[name][0](net(x), x, y, v)
+    check(pen, value, 1e-9)
+    ours = weight_grads(net, pen)
+    for k, g in grads.items(): check(ours[k], g, 1e-9)
+
+@pytest.mark.parametrize('k', [1, 32])
+@each_net
+@each_penalty
+def test_tensor_subclasses(name, kind, k, monkeypatch):
+    monkeypatch.setattr(jacobians, '_rows_per_call', lambda x: k)
+    net, x, y, v = make(kind)
+    value, _ = witness(net, name, x, y, v)
+    image = x.detach().as_subclass(TensorImage).requires_grad_()
+    logits = net(image)
+    assert type(logits) is TensorImage
+    check(PENALTIES[name][0](logits, image, y, v).as_subclass(torch.Tensor), value, 1e-9)
+
+@each_penalty
+def test_an_empty_batch(name):
+    net, x, y, v = make('mlp')
+    x = x[:0].detach().requires_grad_()
+    assert PENALTIES[name][0](net(x), x, y[:0], v[:0]).shape == (0,)
+
+
+# both ways through `jacobian`
+
+@pytest.mark.parametrize('k', [1, 2, 32, 100])
+@pytest.mark.parametrize('c', [1, 31, 32, 33, 70])
+@each_net
+def test_rows_one_by_one_and_batched(kind, c, k, monkeypatch):
+    net, x, *_ = make(kind, c, 3)
+    monkeypatch.setattr(jacobians, '_rows_per_call', lambda x: k)
+    J = jacobian(net(x), x)
+    want = vmap(jacrev(lambda o: net(o[None])[0]))(x.detach())
+    assert J.shape == (3, c, *x.shape[1:])
+    assert_close(J, want)
+    r = torch.randn_like(want)  # any function of the Jacobian, not only a norm, has right weight gradients
+    ours = torch.autograd.grad((J.sin()*r).sum(), net[0].weight)[0]
+    f = lambda w: (vmap(jacrev(lambda o: functional_call(net, {'0.weight': w}, (o[None],))[0]))(x.detach()).sin()*r).sum()
+    assert_close(ours, grad(f)(net[0].weight.detach()))
+
+@on_each_device
+@pytest.mark.parametrize('kind,c', [('mlp', 32), ('mlp', 33), ('mlp', 200), ('conv', 33)])
+def test_python_calls_do_not_grow_with_every_class(kind, c, device, monkeypatch):
+    net, x, *_ = make(kind, c, 3, torch.float32, device)
+    logits, calls, autograd_grad = net(x), [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, 'grad', lambda *a, **kw: (calls.append(1), autograd_grad(*a, **kw))[1])
+    jacobian(logits, x)
+    assert len(calls) == (c if kind == 'conv' and device == 'cpu' else -(-c//32))
+
+@pytest.mark.parametrize('k', [1, 32])
+def test_batched_rows_in_train_mode(k, monkeypatch):
+    "BatchNorm, dropout and max pooling, rows by the independent loop over one graph"
+    monkeypatch.setattr(jacobians, '_rows_per_call', lambda x: k)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(.5), nn.Linear(16, 35)).double()
+    x = torch.randn(4, 2, 6, 6, dtype=F64, requires_grad=True)
+    y = net.train()(x)
+    want = torch.stack([torch.autograd.grad(y[:, i].sum(), x, create_graph=True)[0] for i in range(35)], 1)
+    J = jacobian(y, x)
+    assert_close(J, want)
+    ps = list(net.parameters())[:-1]
+    assert_close(*(torch.autograd.grad(o.square().sum(), ps, retain_graph=True, materialize_grads=True) for o in (J, want)))
+
+
+# one forward pass
+
+@each_penalty
+def test_dropout_mask_is_that_of_the_forward_pass(name):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 20), nn.Dropout(.5), nn.Linear(20, 3)).double().train()
+    calls, seen = [], {}
+    net.register_forward_hook(lambda *_: calls.append(1))
+    net[1].register_forward_hook(lambda m, i, o: seen.update(mask=(o != 0)/.5))
+    x, y, v = torch.randn(4, 6, dtype=F64, requires_grad=True), torch.eye(3, dtype=F64)[[0, 1, 2, 0]], torch.randn(4, 3, dtype=F64)
+    logits = net(x)
+    J = torch.einsum('ch,nh,hd->ncd', net[2].weight, seen['mask'].double(), net[0].weight)
+    p = logits.softmax(1)
+    J_f = torch.einsum('nij,njd->nid', torch.diag_embed(p) - p[:, :, None]*p[:, None], J)
+    want = {'double_back': torch.einsum('nc,ncd->nd', p - y, J), 'frob_reg': J, 'jac_reg': J_f, 'spect_reg': torch.einsum('nc,ncd->nd', v, J)}[name]
+    assert_close(PENALTIES[name][0](logits, x, y, v), want.flatten(1).square().sum(1))
+    assert len(calls) == 1
+    assert not torch.allclose(net(x), logits)  # a second pass would have had another mask
+
+def test_batchnorm_in_train_mode():
+    "What comes back holds the influence on all outputs of the batch, and the running statistics move once"
+    torch.manual_seed(0)
+    bn = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double().train()
+    x, v = torch.randn(6, 5, dtype=F64, requires_grad=True), torch.randn(6, 3, dtype=F64)
+    twin = copy.deepcopy(bn)
+    full = torch.autograd.functional.jacobian(twin, x.detach())  # (N,C,N,D)
+    logits = bn(x)
+    assert_close(spect_reg(logits, x, v), torch.einsum('mcnd,mc->nd', full, v).square().sum(1))
+    assert_close(frob_reg(logits, x), full.sum(0).square().sum((0, 2)))
+    own = torch.stack([full[i, :, i] for i in range(6)])
+    assert not torch.allclose(frob_reg(logits, x), own.square().sum((1, 2)), rtol=.01)
+    assert bn[1].num_batches_tracked == 1
+    bn.eval()
+    check(frob_reg(bn(x), x), witness(bn, 'frob_reg', x, v, v)[0], 1e-9)
+
+
+# grad mode and graphs
+
+@each_net
+@each_penalty
+def test_grad_mode(name, kind):
+    net, x, y, v = make(kind)
+    logits, f = net(x), PENALTIES[name][0]
+    losses = F.cross_entropy(logits, y, reduction='none')  # made here: under no_grad it would have no graph
+    pen = lambda: double_back(losses, x) if name == 'double_back' else f(logits, x, y, v)
+    want = f(logits, x, y, v)
+    with torch.no_grad():
+        got = pen()
+        assert not got.requires_grad and got.grad_fn is None
+        with torch.enable_grad(): again = pen()
+        assert again.requires_grad
+    assert_close(got, want.detach())
+    assert_close(weight_grads(net, again), weight_grads(net, want))
+
+@each_penalty
+def test_the_graph_stays_for_the_loss(name):
+    net, x, y, v = make('conv')
+    logits = net(x)
+    loss = F.cross_entropy(logits, y)
+    alone = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
+    PENALTIES[name][0](logits, x, y, v)
+    (loss + 0*PENALTIES[name][0](logits, x, y, v).mean()).backward()
+    assert_close([p.grad for p in net.parameters()], list(alone))
+
+@each_net
+@each_penalty
+def test_no_nan_at_a_zero_jacobian(name, kind):
+    net, x, y, v = make(kind)
+    for p in net.parameters(): nn.init.zeros_(p)
+    pen = PENALTIES[name][0](net(x), x, y, v)
+    assert_close(pen, torch.zeros_like(pen))
+    assert all(g.isfinite().all() for g in weight_grads(net, pen).values())
+
+@pytest.mark.filterwarnings('ignore:Using backward')
+@each_penalty
+def test_memory_does_not_grow(name):
+    "Without the help of the cycle collector, the inputs die at the end of a step"
+    net, f = make('conv')[0], PENALTIES[name][0]
+    def step(create_graph=False):
+        _, x, y, v = make('conv')
+        logits = net(x)
+        loss = F.cross_entropy(logits, y, reduction='none')
+        if create_graph: loss.mean().backward(create_graph=True)
+        else: (loss + f(logits, x, y, v)).mean().backward()
+        return weakref.ref(x)
+    gc.disable()
+    try:
+        assert [step()() for _ in range(3)] == [None]*3
+        assert step(create_graph=True)() is not None  # the way that leaks, and the proof that a leak would be seen
+    finally: gc.enable()
+    for p in net.parameters(): p.grad = None
+
+
+# errors
+
+def others(name):
+    "The penalty as a function of what it differentiates and x"
+    return {'double_back': lambda z, x: double_back(z.logsumexp(1), x), 'vjp': lambda z, x: vjp(z, x, torch.ones_like(z)), 'jacobian': jacobian,
+            'frob_reg': frob_reg, 'jac_reg': jac_reg, 'spect_reg': spect_reg}[name]
+
+@pytest.mark.parametrize('x,error,match', [
+    (lambda x: x.detach(), ValueError, r'x does not require grad: call x.requires_grad_\(\) before'),
+    (lambda x: x.clone(), ValueError, 'does not depend on x: x must be the very tensor'),
+    (lambda x: torch.zeros_like(x, requires_grad=True), ValueError, 'does not depend on x'),
+    (lambda x: x.detach().long(), ValueError, 'x is torch.int64, .*float tensor'),
+    (lambda x: x.detach() > 0, ValueError, 'x is torch.bool'),
+    (lambda x: (x, x), TypeError, 'x is a tuple, not a tensor: call once for each input'),
+    (lambda x: [x], TypeError, 'x is a list'), (lambda x: None, TypeError, 'x is a NoneType'), (lambda x: x.detach().numpy(), TypeError, 'x is a ndarray'),
+    (lambda x: x[:2], ValueError, r'y \(4, 3\) and x \(2, 12\) must agree in the first axis'),
+    (lambda x: x.sum(), ValueError, r'x \(\) must agree')])
+@pytest.mark.parametrize('name', ['vjp', 'jacobian', 'double_back', 'frob_reg', 'jac_reg', 'spect_reg'])
+def test_wrong_x(name, x, error, match):
+    net, right, *_ = make('mlp')
+    if name == 'double_back': match = match.replace(r'\(4, 3\)', r'\(4,\)')
+    logits = net(right)
+    with pytest.raises(error, match=match): others(name)(logits, x(right))
+    others(name)(logits, right)  # and the right one is still taken
+
+@pytest.mark.parametrize('name', ['vjp', 'jacobian', 'double_back', 'frob_reg', 'jac_reg', 'spect_reg'])
+def test_y_without_graph(name):
+    net, x, *_ = make('mlp')
+    with torch.no_grad(): logits = net(x)
+    for y in logits, net(x).detach():
+        with pytest.raises(ValueError, match='y has no graph: compute it from x with gradients enabled'): others(name)(y, x)
+
+@pytest.mark.parametrize('v,shape', [(lambda v: v[:, :1], r'\(4, 1\)'), (lambda v: v[0], r'\(3,\)'), (lambda v: v[:1], r'\(1, 3\)'), (lambda v: v[..., None], r'\(4, 3, 1\)'),
+                                     (lambda v: v.sum(), r'\(\)')])  # all of them would broadcast, silently
+def test_wrong_probe(v, shape):
+    net, x, _, right = make('mlp')
+    for f in (vjp, lambda y, x, v: spect_reg(y, x, v)):
+        with pytest.raises(ValueError, match=rf'v has shape {shape}, but y has \(4, 3\): one entry of v per output'): f(net(x), x, v(right))
+
+@pytest.mark.parametrize('reduce,shape', [(lambda l: l.mean(), r'\(\)'), (lambda l: l.sum(), r'\(\)'), (lambda l: l[:, None], r'\(4, 1\)')])
+def test_reduced_losses(reduce, shape):
+    net, x, y, _ = make('mlp')
+    with pytest.raises(ValueError, match=f"losses has shape {shape}, .*reduction='none'"): double_back(reduce(F.cross_entropy(net(x), y, reduction='none')), x)
+
+@pytest.mark.parametrize('f', [jacobian, frob_reg])
+def test_outputs_that_are_no_matrix(f):
+    net, x, *_ = make('mlp')
+    for y, shape in (net(x)[:, 0], r'\(4,\)'), (net(x)[..., None], r'\(4, 3, 1\)'):
+        with pytest.raises(ValueError, match=rf'y has shape {shape}, but its Jacobian needs \(N,C\)'): f(y, x)
+
+def test_outputs_of_any_shape_have_a_projection():
+    torch.manual_seed(0)
+    net, x = nn.Conv2d(1, 2, 3).double(), torch.randn(3, 1, 5, 5, dtype=F64, requires_grad=True)
+    y = net(x).tanh()
+    v = gaussian(y)
+    J = vmap(jacrev(lambda o: net(o[None])[0].tanh()))(x.detach())
+    assert v.shape == (3, 2, 3, 3)
+    assert_close(spect_reg(y, x, v), torch.einsum('ncijahw,ncij->nahw', J, v).square().sum((1, 2, 3)))
+
+
+# probes
+
+def test_spect_reg_draws_a_gaussian():
+    net, x, *_ = make('mlp')
+    logits = net(x)
+    torch.manual_seed(3); mine = spect_reg(logits, x)
+    torch.manual_seed(3); assert_close(mine, spect_reg(logits, x, gaussian(logits)), rtol=0, atol=0)
+    assert not torch.equal(mine, spect_reg(logits, x))
+
+@on_each_device
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, F64])
+@pytest.mark.parametrize('shape', [(5, 3), (4, 1), (2, 3, 4)])
+@pytest.mark.parametrize('probe', [gaussian, sphere, rademacher])
+def test_probes(probe, shape, dtype, device):
+    torch.manual_seed(0)
+    logits = torch.full(shape, float('nan'), dtype=dtype, device=device, requires_grad=True)  # only shape, dtype and device count
+    v = probe(logits)
+    assert (v.shape, v.dtype, v.device, v.requires_grad) == (logits.shape, dtype, logits.device, False)
+    assert v.isfinite().all()
+    assert v[0].numel() == 1 or not (v == v[0]).all()
+    if probe is sphere: check(v.double().flatten(1).norm(dim=1), torch.ones(len(v), dtype=F64, device=device), 4*torch.finfo(dtype).eps)
+    if probe is rademacher: assert set(v.flatten().tolist()) <= {-1, 1}
+    torch.manual_seed(0); assert torch.equal(v, probe(logits))
+    torch.manual_seed(1); assert probe is not gaussian or not torch.equal(v, probe(logits))
+
+MOMENT = {gaussian: lambda c: 1., sphere: lambda c: 1/c, rademacher: lambda c: 1.}
+WRONG = {gaussian: lambda c: 1/c, sphere: lambda c: 1., rademacher: lambda c: 1/c}
+
+@pytest.mark.parametrize('probe', [gaussian, sphere, rademacher])
+def test_moments_of_the_probes(probe):
+    "Mean zero, second moment a multiple of the identity: every entry within five standard errors, and of the wrong multiple not"
+    torch.manual_seed(0)
+    n, c = 40_000, 6
+    r = probe(torch.empty(n, c, dtype=F64))
+    outer = r[:, :, None]*r[:, None]
+    se = outer.std(0)/n**.5 + 1e-12
+    eye = torch.eye(c, dtype=F64)
+    assert ((outer.mean(0) - MOMENT[probe](c)*eye).abs() < 5*se).all()
+    assert ((outer.mean(0) - WRONG[probe](c)*eye).abs() > 5*se).diagonal().all()
+    assert (r.mean(0).abs() < 5*r.std(0)/n**.5).all()
+    shifted = r[:-1]*r[1:]  # rows are independent
+    assert (shifted.mean(0).abs() < 5*shifted.std(0)/n**.5).all()
+
+@pytest.mark.parametrize('c', [2, 10])
+@pytest.mark.parametrize('probe', [gaussian, sphere, rademacher])
+def test_what_a_projection_estimates(probe, c):
+    net, x, *_ = make('conv', c, 1)
+    n = 10_000
+    exact = frob_reg(net(x), x).item()
+    many = x.detach().expand(n, -1, -1, -1).clone().requires_grad_()
+    logits = net(many)
+    est = spect_reg(logits, many, probe(logits)).detach()
+    se = (est.std()/n**.5).item()
+    assert abs(est.mean().item() - MOMENT[probe](c)*exact) < 4*se
+    assert abs(est.mean().item() - WRONG[probe](c)*exact) > 4*se
+
+
+# softmax, cross-entropy, norms
+
+@pytest.mark.parametrize('dtype', [torch.float32, F64])
+@pytest.mark.parametrize('c', [1, 2, 10])
+def test_softmax_and_cross_entropy_jacobians(c, dtype):
+    torch.manual_seed(0)
+    z, y = torch.randn(5, c, dtype=dtype), torch.randint(c, (5,))
+    p = z.softmax(1)
+    check(softmax_jacobian(p), vmap(jacrev(lambda o: o.softmax(0)))(z.double()), 1e-6)
+    for target in y, F.one_hot(y, c), F.one_hot(y, c).to(dtype), torch.rand(5, c, dtype=dtype):
+        soft = F.one_hot(target, c) if target.ndim == 1 else target
+        check(xent_jacobian(p, target), vmap(jacrev(lambda p, t: -(t*p.log()).sum()))(p.double(), soft.double()), 1e-6)
+
+def test_cross_entropy_jacobian_at_underflown_probabilities():
+    p = torch.tensor([[1., 0., 0.], [0., 1., 0.]])
+    assert xent_jacobian(p, torch.tensor([0, 0])).tolist() == [[-1, 0, 0], [float('-inf'), 0, 0]]
+
+@pytest.mark.parametrize('shape', [(4,), (4, 1), (4, 3), (4, 2, 3, 2), (0, 3)])
+def test_sq_norm(shape):
+    t = torch.randn(shape, dtype=F64)
+    want = torch.tensor([sum(i*i for i in o.flatten().tolist()) for o in t], dtype=F64)
+    assert_close(sq_norm(t), want)
+
+@pytest.mark.parametrize('dtype', [torch.float32, F64])
+@pytest.mark.parametrize('c', [1, 2, 10])
+def test_confidence_penalty(c, dtype):
+    torch.manual_seed(0)
+    z = torch.randn(5, c, dtype=dtype, requires_grad=True)
+    check(confidence_penalty(z), -torch.distributions.Categorical(logits=z.detach().double()).entropy(), 1e-5)
+    saturated = (1e4*torch.eye(c, dtype=dtype)).requires_grad_()
+    g, = torch.autograd.grad(confidence_penalty(saturated).sum(), saturated)
+    assert_close(confidence_penalty(saturated).detach(), torch.zeros(c, dtype=dtype))
+    assert g.isfinite().all()
+
+
+# imports
+
+def test_torch_is_enough():
+    "`import gradreg` brings nothing, and the ground floor needs neither fastai nor fastcore"
+    code = """if True:
+        import sys
+        before = set(sys.modules)
+        import gradreg
+        new = {o.split('.')[0] for o in set(sys.modules) - before} - sys.stdlib_module_names
+        assert new == {'gradreg'}, new
+        for blocked in 'fastai', 'fastcore', 'nbdev', 'pandas', 'matplotlib', 'seaborn', 'sklearn', 'torchvision': sys.modules[blocked] = None
+        import gradreg.jacobians, gradreg.models, gradreg.penalties as p, torch
+        x = torch.randn(2, 1, 28, 28, requires_grad=True)
+        assert p.spect_reg(gradreg.models.lenet5()(x), x).shape == (2,)"""
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr

@@ -1,0 +1,775 @@
+"What a reader of chapter 20_study need not see: bad values, interrupted, killed and concurrent sweeps, a real Ray, independent oracles"
+import importlib.util, math, multiprocessing, os, random, signal, socket, subprocess, sys, threading, time, uuid, warnings
+from contextlib import suppress
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+from joblib.externals.loky.backend.context import set_start_method
+from scipy import stats
+from torch import nn
+from torch.testing import assert_close
+
+from gradreg import callbacks, penalties, study
+from gradreg.data import image_dls, sin_dls
+from gradreg.models import lenet5, mlp
+from gradreg.study import Run, append_row, compare, grid, load_rows, results, run, run_all, summarize, tune
+
+DIGITS = Run(data='digits', n_train=50, n_valid=50, bs=25, iters=4)
+SIN = Run(data='sin', model='mlp', n_train=50, n_valid=50, bs=25, iters=4)  # trains in milliseconds
+METRICS = ['test', 'valid', 'train', 'jac_train', 'jac_test', 'jac_between', 'jac_noise', 'weight_norm']
+REGS = ['double_back', 'jac_reg', 'frob_reg', 'spect_reg', 'confidence_penalty']
+
+
+@pytest.fixture(autouse=True)
+def no_smoke(monkeypatch): monkeypatch.delenv('GRADREG_SMOKE', raising=False)
+
+
+@pytest.fixture
+def path(tmp_path): return tmp_path/'rows.csv'
+
+
+def metrics(row): return {k: row[k] for k in METRICS}
+
+
+def made(r, **kwargs): return {**asdict(r), 'status': 'ok', 'test': .5, 'valid': .5, 'train': .5, **kwargs}
+
+
+def refuse(*args, **kwargs): raise AssertionError('nothing should be trained here')
+
+
+@pytest.fixture
+def flat(monkeypatch):
+    "`run` without the slopes, its slowest part here"
+    monkeypatch.setattr(study, '_slopes', lambda *args: {})
+
+
+@pytest.fixture
+def learners(monkeypatch):
+    "The Learners that `run` makes, in order"
+    made, original = [], study._learner
+    def spy(*args):
+        made.append(original(*args))
+        return made[-1]
+    monkeypatch.setattr(study, '_learner', spy)
+    return made
+
+
+# what a run is
+
+@pytest.mark.parametrize('field,value', [
+    ('lr', -1e-3), ('lr', float('nan')), ('lr', float('inf')), ('lr', 'fast'), ('lr', None), ('lr', [1e-3]), ('spect_reg', '.03'),
+    ('wd', -1), ('wd', np.array([1, 2])), ('p_drop', float('nan')), ('seed', -1), ('seed', .5), ('seed', float('inf')), ('seed', None),
+    ('iters', 2.5), ('iters', '10'), ('iters', 0), ('bs', 0), ('every', 0), ('every', 1.5), ('n_train', 0), ('n_valid', 0),
+    ('bn', 'yes'), ('bn', 2), ('bn', None), ('data', None), ('data', 3), ('model', 5), ('probe', 1.), ('opt', None)])
+def test_bad_values(field, value):
+    with pytest.raises(ValueError, match=rf'^{field}=.*must be'): Run(**{field: value})
+
+
+def test_values_are_cast():
+    a = Run(spect_reg=1, lr=np.float32(.5), iters=np.int64(7), n_train=100., bn=np.bool_(True), seed=np.uint8(3), data=np.str_('sin'), wd=-0.)
+    for f in fields(Run): assert type(getattr(a, f.name)) is type(f.default), f.name
+    assert (a.spect_reg, a.lr, a.iters, a.n_train, a.bn, a.seed, a.data) == (1., .5, 7, 100, True, 3, 'sin')
+    assert str(a.wd) == '0.0'
+    b = Run(spect_reg=1., lr=.5, iters=7, n_train=100, bn=1, seed=3, data='sin')
+    assert a == b and hash(a) == hash(b) and len({a, b, replace(a, seed=4)}) == 2
+    with pytest.raises(AttributeError): a.lr = 1
+    with pytest.raises(TypeError): Run(lamda=1)
+
+
+def test_grid():
+    rs = grid(DIGITS, spect_reg=(0, .03), bn=[False, True], seed=(i for i in range(3)), data='digits')
+    assert len(rs) == len(set(rs)) == 12 and all(r.iters == 4 for r in rs)
+    assert [(r.spect_reg, r.bn, r.seed) for r in rs[:4]] == [(0, False, 0), (0, False, 1), (0, False, 2), (0, True, 0)]
+    assert grid(DIGITS) == [DIGITS] and grid(DIGITS, seed=[]) == []
+    assert grid(DIGITS, spect_reg=np.array([.1]), seed=3) == [replace(DIGITS, spect_reg=.1, seed=3)]
+    with pytest.raises(ValueError, match='no field .*lambda'): grid(DIGITS, **{'lambda': 1})
+    with pytest.raises(ValueError, match='^wd=-1'): grid(DIGITS, wd=[0, -1])
+
+
+# one run
+
+def by_hand(r, dls, model, loss_func, coupled=True, biases=False):
+    "`r` trained by a bare loop: both optimizers from their definition, no torch.optim and no fastai"
+    ps = list(model.parameters())
+    m, v, lrs, t = [torch.zeros_like(p) for p in ps], [torch.zeros_like(p) for p in ps], [], 0
+    while t < r.iters:
+        for x, y in dls.train:
+            if t == r.iters: break
+            lrs.append(r.lr*(1 if t < r.iters/2 else .1 if t < .75*r.iters else .01))
+            lr, t, grads = lrs[-1], t+1, torch.autograd.grad(loss_func(model(x), y), ps)
+            with torch.no_grad():
+                for i, (p, g) in enumerate(zip(ps, grads)):
+                    decay = r.wd*p if p.ndim > 1 or biases else torch.zeros_like(p)
+                    if coupled: g = g + decay
+                    else: p -= lr*decay
+                    if r.opt == 'sgd':
+                        m[i] = .9*m[i] + g
+                        p -= lr*(g + .9*m[i])
+                    else:
+                        m[i], v[i] = .9*m[i] + .1*g, .999*v[i] + .001*g*g
+                        p -= lr*(m[i]/(1 - .9**t))/((v[i]/(1 - .999**t)).sqrt() + 1e-8)
+    return model, lrs
+
+
+def case(r):
+    torch.manual_seed(r.seed)
+    if r.data == 'sin':
+        return sin_dls(n=50, n_valid=50, seed=r.seed, bs=25), mlp((1, 64, 64, 64, 64, 64, 1)), lambda p, y: ((p - y)**2).sum()/2
+    return image_dls('digits', 5, n_valid=50, seed=r.seed, bs=25), lenet5(10), F.cross_entropy
+
+
+def distance(a, b): return max((p - q).abs().max().item() for p, q in zip(a.parameters(), b.parameters()))
+
+
+@pytest.mark.parametrize('r', [replace(SIN, wd=.3, lr=3e-3, iters=9, seed=2), replace(SIN, wd=.3, lr=1e-3, iters=9, opt='sgd'),
+                               replace(DIGITS, wd=.3, lr=3e-3, iters=8, seed=1)], ids=['sin-adam', 'sin-sgd', 'digits-adam'])
+def test_same_as_by_hand(r, learners):
+    row = run(r)
+    theirs, lrs = by_hand(r, *case(r))
+    assert np.allclose(lrs, [r.lr*f for f in [1]*-(-r.iters//2) + [.1]*(-(-3*r.iters//4) - -(-r.iters//2)) + [.01]*(r.iters - -(-3*r.iters//4))])
+    assert distance(learners[0].model, theirs) < 2e-5
+    # and the bounds tell: none of these is L2 on weights only, by three learning rates
+    assert distance(learners[0].model, by_hand(r, *case(r), coupled=False)[0]) > 2e-4
+    assert distance(learners[0].model, by_hand(r, *case(r), biases=True)[0]) > 2e-4
+    assert distance(learners[0].model, by_hand(replace(r, iters=r.iters - 1), *case(r))[0]) > 2e-5
+    dls, model = case(r)[0], theirs.eval()
+    for name, dl in zip(('train', 'valid', 'test'), dls):
+        with torch.no_grad(): pred, y = model(dl.dataset.x), dl.dataset.y
+        expected = (pred - y).square().mean() if r.data == 'sin' else (pred.argmax(1) == y).float().mean()
+        assert row[name] == pytest.approx(expected.item(), rel=1e-3)
+    assert row['weight_norm'] == pytest.approx(sum(p.square().sum().item() for p in theirs.parameters() if p.ndim > 1), rel=1e-5)
+    x = dls.train.dataset.x[:50].clone().requires_grad_()
+    J = torch.autograd.functional.jacobian(lambda x: model(x).sum(0), x)  # the sum over the batch takes the examples apart
+    assert row['jac_train'] == pytest.approx(J.transpose(0, 1).flatten(1).norm(dim=1).mean().item(), rel=1e-4)
+
+
+def test_deterministic(learners):
+    r = replace(DIGITS, spect_reg=.1, p_drop=.5, seed=5)
+    torch.manual_seed(99)
+    first, threads = run(r), torch.get_num_threads()
+    torch.rand(7), np.random.rand(3), random.random()
+    torch.set_num_threads(2)
+    try:
+        assert metrics(run(r)) == metrics(first) and torch.get_num_threads() == 2
+        with pytest.raises(ValueError): run(replace(r, n_train=55))
+        assert torch.get_num_threads() == 2  # after an error too
+    finally: torch.set_num_threads(threads)
+    assert distance(learners[0].model, learners[1].model) == 0
+    assert metrics(run(replace(r, seed=6))) != metrics(first)
+    assert len(learners[0].dls.train) == 2 and learners[0].opt.hypers[0]['lr'] == pytest.approx(1e-5)
+    assert set(first) >= {f.name for f in fields(Run)} | {'seconds', 'peak_mb', 'device', 'threads', 'python', 'torch', 'fastai', 'commit', 'spect_reg_end'}
+    assert first['threads'] == 1 and first['torch'] == torch.__version__ and first['seconds'] > 0 and first['peak_mb'] > 50
+
+
+@pytest.mark.parametrize('field', REGS)
+def test_regularizer_field(field, learners, flat):
+    r = replace(DIGITS, **{field: .25}, every=2, probe='rademacher', iters=3)
+    row = run(r)
+    cb, = [o for o in learners[0].cbs if isinstance(o, callbacks.GradReg)]
+    assert type(cb).__name__.lower() == field.replace('_', '') and (cb.lam, cb.every) == (.25, 2)
+    assert len(cb.penalties) == 2 and row[f'{field}_end'] == pytest.approx(np.mean(cb.penalties))
+    if field == 'spect_reg': assert cb.probe is penalties.rademacher
+    run(replace(r, **{field: 0}))
+    assert not [o for o in learners[1].cbs if isinstance(o, callbacks.GradReg)]
+    assert distance(learners[0].model, learners[1].model) > 1e-5
+
+
+def test_regularizers_combine(learners, flat):
+    row = run(replace(SIN, spect_reg=.01, double_back=.02, iters=3))
+    assert {(type(o).__name__, o.lam) for o in learners[0].cbs if isinstance(o, callbacks.GradReg)} == {('SpectReg', .01), ('DoubleBack', .02)}
+    assert row['spect_reg_end'] > 0 and row['double_back_end'] > 0
+
+
+def test_dropout_and_batchnorm(learners, flat):
+    run(replace(DIGITS, p_drop=.25, iters=1))
+    run(replace(DIGITS, bn=True, iters=1))
+    kinds = [{type(m): m for m in o.model.modules()} for o in learners]
+    assert kinds[0][nn.Dropout].p == .25 and nn.BatchNorm1d not in kinds[0]
+    assert nn.BatchNorm1d in kinds[1] and nn.Dropout not in kinds[1]
+
+
+@pytest.mark.parametrize('kwargs,words', [
+    (dict(n_train=55), 'n_train=55.*10 classes'), (dict(model='vgg'), "model='vgg'.*lenet5"), (dict(model='mlp'), "model='mlp'"),
+    (dict(opt='lion'), "opt='lion'.*adam or sgd"), (dict(probe='cauchy', spect_reg=1), "probe='cauchy'.*gaussian"),
+    (dict(data='nothing'), 'nothing'), (dict(bs=51), 'bs=51'), (dict(data='sin'), "model='lenet5' on sin"),
+    (dict(data='sin', model='mlp', bn=True), 'bn=True'), (dict(model='resnet18', p_drop=.5), 'p_drop=0.5')])
+def test_what_cannot_work_says_why(kwargs, words):
+    with pytest.raises(ValueError, match=words): run(replace(DIGITS, **kwargs))
+
+
+def test_without_git(monkeypatch):
+    monkeypatch.setenv('PATH', '')
+    study._commit.cache_clear()
+    try: assert run(replace(SIN, iters=1))['commit'] == ''
+    finally: study._commit.cache_clear()
+
+
+# rows
+
+def test_rows_round_trip(path):
+    rng = np.random.default_rng(0)
+    numbers = rng.integers(0, 2**63, 400, dtype=np.uint64).view(np.float64)
+    rows = [made(replace(SIN, seed=i, lr=float(abs(x))), test=float(x), valid=np.float32(i)/3, commit='12e4')
+            for i, x in enumerate(numbers[np.isfinite(numbers)][:12])]
+    for o in rows: append_row(path, o)
+    df = load_rows(path)
+    assert df.test.tolist() == [o['test'] for o in rows] and df.lr.tolist() == [o['lr'] for o in rows]
+    assert df.valid.astype(np.float32).tolist() == [o['valid'] for o in rows]
+    assert set(df.commit) == {'12e4'} and df.bn.dtype == bool and df.seed.dtype.kind == 'i' and not df.bn.any()
+    assert [Run(**{f.name: getattr(o, f.name) for f in fields(Run)}) for o in df.itertuples()] == [replace(SIN, seed=o['seed'], lr=o['lr']) for o in rows]
+
+
+def test_strange_values_round_trip(path):
+    append_row(path, made(SIN, test=math.nan, valid=math.inf, status='ValueError: "a, b"; ü'))
+    append_row(path, made(replace(SIN, seed=1), test=-0., status='diverged', note='text'))
+    df = load_rows(path)
+    assert math.isnan(df.test[0]) and df.valid[0] == math.inf and df.status[0] == 'ValueError: "a, b"; ü' and df.note[1] == 'text'
+
+
+def test_new_columns_and_old_rows(path):
+    old = {k: v for k, v in made(SIN).items() if k not in ('bn', 'every')}  # from a version without these fields
+    append_row(path, old)
+    append_row(path, made(replace(SIN, seed=1, bn=True), extra=3))
+    df = load_rows(path)
+    assert len(df) == 2 and math.isnan(df.extra[0]) and df.extra[1] == 3 and df.bn[1] is True
+    assert run_all([SIN], path).seed.tolist() == [0]  # a blank means the default
+    append_row(path, made(SIN, test=.9))
+    assert load_rows(path).test.tolist() == [.5, .5]
+
+
+def test_no_two_runs_share_a_key():
+    "Not even where a field is zero and its default is not"
+    rs = [Run(), Run(lr=0), Run(protocol=0), Run(seed=1), Run(data='sin'), Run(bn=True), Run(lr=1e-3 + 1e-18), Run(wd=1e-300)]
+    assert len({study._key(asdict(r)) for r in rs}) == len(rs)
+    for r in rs: assert study._key({k: str(v) for k, v in asdict(r).items()}) == study._key(asdict(r))  # as the file has it
+
+
+def test_duplicates_and_failed_rows(path):
+    append_row(path, made(SIN, status='ValueError: no'))
+    append_row(path, made(replace(SIN, seed=1)))
+    append_row(path, made(SIN, status='OSError: again no'))
+    assert load_rows(path).status.tolist() == ['ok', 'OSError: again no']
+    append_row(path, made(SIN, test=.7))
+    append_row(path, made(SIN, test=.8))
+    append_row(path, made(SIN, status='OSError: late'))  # what is done stays
+    df = load_rows(path)
+    assert df.seed.tolist() == [1, 0] and df.test.tolist() == [.5, .7] and set(df.status) == {'ok'}
+
+
+@pytest.mark.parametrize('broken', ['digits,lenet5,10', 'x'*5000, '"', 'sin,mlp,"ok'])
+def test_half_written_line_is_mended(path, broken):
+    append_row(path, made(SIN))
+    whole = path.read_text()
+    path.write_text(whole + broken)
+    assert len(load_rows(path)) == 1
+    append_row(path, made(replace(SIN, seed=1)))
+    assert path.read_text().startswith(whole) and load_rows(path).seed.tolist() == [0, 1] and broken not in path.read_text()
+
+
+@pytest.mark.parametrize('cut', [1, 2, 30, 60])
+def test_truncated_file(path, cut):
+    for i in range(3): append_row(path, made(replace(SIN, seed=i)))
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert load_rows(path).seed.tolist() == [0, 1]
+    append_row(path, made(replace(SIN, seed=2)))
+    assert load_rows(path).seed.tolist() == [0, 1, 2]
+
+
+def test_short_and_long_lines(path):
+    "Lines that some other hand broke do not count as done and stop nothing"
+    append_row(path, made(SIN))
+    with open(path, 'a') as f: f.write('sin,mlp\n' + path.read_text().splitlines()[1].replace('sin', 'cos') + ',7,8\n')
+    append_row(path, made(replace(SIN, seed=1)))
+    df = load_rows(path)
+    assert df[df.data == 'sin'].status.eq('ok').sum() == 2 and df.test.dropna().eq(.5).all()
+
+
+@pytest.mark.parametrize('content', [None, '', 'data,model,sta', 'data,model,status\n'])
+def test_no_rows_yet(path, content):
+    if content is not None: path.write_text(content)
+    df = load_rows(path)
+    assert len(df) == 0 and {'seed', 'status'} <= set(df) or content == 'data,model,status\n' and len(df) == 0
+    append_row(path, made(SIN))
+    assert load_rows(path).seed.tolist() == [0]
+
+
+def test_full_disk(path, monkeypatch):
+    append_row(path, made(SIN))
+    before = path.read_bytes()
+    def full(*args): raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as m, pytest.raises(OSError, match='No space'):
+        m.setattr(os, 'replace', full)
+        append_row(path, made(replace(SIN, seed=1)))
+    assert path.read_bytes() == before and not list(path.parent.glob('.*tmp'))
+    append_row(path, made(replace(SIN, seed=1)))
+    assert len(load_rows(path)) == 2
+
+
+def test_folder_and_results(tmp_path, monkeypatch):
+    append_row(tmp_path/'a'/'b'/'rows.csv', made(SIN))
+    assert len(load_rows(tmp_path/'a'/'b'/'rows.csv')) == 1
+    monkeypatch.setenv('GRADREG_RESULTS', str(tmp_path))
+    assert results('x') == tmp_path/'x.csv'
+    monkeypatch.setenv('GRADREG_RESULTS', '')
+    assert results('x') == Path('results/x.csv')
+
+
+# processes: forked ones start at once; one test below starts everything from nothing
+
+_fork = multiprocessing.get_context('fork')
+
+def forked(f, *args):
+    "A process of its own group that runs `f`; joblib's workers are forked too"
+    def body():
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        warnings.simplefilter('ignore')
+        set_start_method('fork', force=True)
+        try: f(*args)
+        except KeyboardInterrupt: os._exit(130)
+        except BaseException as e: print(repr(e), file=sys.stderr, flush=True); os._exit(1)
+        os._exit(0)
+    p = _fork.Process(target=body)
+    p.start()
+    return p
+
+
+def wait_for(what, seconds=60):
+    end = time.monotonic() + seconds
+    while not (got := what()):
+        assert time.monotonic() < end, 'it did not happen'
+        time.sleep(.02)
+    return got
+
+
+def ends(p, code=0, seconds=60):
+    try: wait_for(lambda: p.exitcode is not None, seconds)  # join would wait for the workers too, which hold its pipe
+    finally:
+        with suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
+    assert p.exitcode == code
+
+
+def complete(path, runs):
+    "All rows are there, none twice, and each is what training gives"
+    df = load_rows(path)
+    assert sorted(map(study._key, study._read(path))) == sorted(study._key(asdict(r)) for r in runs)
+    assert df.status.eq('ok').all() and df.test.notna().all()
+    return df
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    "The Runs that are trained from here on in this process"
+    seen, original = [], study.run
+    def spy(r, device=None):
+        seen.append(r)
+        return original(r, device)
+    monkeypatch.setattr(study, 'run', spy)
+    return seen
+
+
+def test_two_writers(path):
+    start = _fork.Event()
+    def write(me):
+        start.wait()
+        for i in range(20): append_row(path, made(replace(SIN, seed=100*me + i), who=me))
+        for i in range(5): append_row(path, made(replace(SIN, seed=1000 + i), who=me))  # both want these
+    ps, seen = [forked(write, me) for me in (1, 2)], [0]
+    start.set()
+    while any(p.is_alive() for p in ps): seen.append(len(load_rows(path)))  # never broken, never shorter
+    for p in ps: ends(p)
+    df = load_rows(path)
+    assert sorted(df.seed) == [*range(100, 120), *range(200, 220), *range(1000, 1005)] and seen == sorted(seen)
+    assert df[df.seed < 1000].who.tolist() == (df[df.seed < 1000].seed//100).tolist()
+    assert not list(path.parent.glob('.*tmp'))
+
+
+def test_two_sweeps_on_one_file(path):
+    runs, start = grid(replace(SIN, iters=30), seed=range(8)), _fork.Event()
+    def sweep(rs):
+        start.wait()
+        assert run_all(rs, path, jobs=1).seed.tolist() == [r.seed for r in rs]
+    ps = [forked(sweep, runs), forked(sweep, runs[::-1])]
+    start.set()
+    for p in ps: ends(p)
+    complete(path, runs)
+
+
+@pytest.mark.parametrize('who', ['terminal', 'notebook'])
+def test_ctrl_c(path, trained, who):
+    runs = grid(replace(SIN, iters=200), seed=range(8))
+    p = forked(lambda: run_all(runs, path, jobs=2))
+    wait_for(lambda: len(load_rows(path)))
+    workers = psutil.Process(p.pid).children(recursive=True)
+    (os.killpg if who == 'terminal' else os.kill)(p.pid, signal.SIGINT)  # Ctrl-C reaches the group, Jupyter's stop button the process
+    ends(p, 130)
+    before = load_rows(path)
+    assert 1 <= len(before) < 8 and before.status.eq('ok').all()
+    wait_for(lambda: not any(o.is_running() and o.status() != 'zombie' for o in workers))
+    run_all(runs, path, jobs=1)
+    after = complete(path, runs)
+    assert len(trained) == 8 - len(before)
+    pd.testing.assert_frame_equal(after[:len(before)], before)
+
+
+def test_ctrl_c_alone(path, monkeypatch):
+    def run(r, device=None):
+        if r.seed == 2: raise KeyboardInterrupt
+        return made(r)
+    monkeypatch.setattr(study, 'run', run)
+    with pytest.raises(KeyboardInterrupt): run_all(grid(SIN, seed=range(4)), path, jobs=1)
+    assert load_rows(path).seed.tolist() == [0, 1]
+
+
+def test_killed_worker(path):
+    runs = grid(replace(SIN, iters=200), seed=range(8))
+    p = forked(lambda: run_all(runs, path, jobs=2))
+    wait_for(lambda: len(load_rows(path)))
+    before = load_rows(path)
+    wait_for(lambda: psutil.Process(p.pid).children())[0].kill()
+    ends(p)
+    after = complete(path, runs)
+    pd.testing.assert_frame_equal(after[:len(before)], before)
+
+
+def test_runs_that_kill_their_worker(path):
+    "Too much memory, for instance: they become rows that say so, all others are trained"
+    runs, original = grid(SIN, seed=range(7)), study.run
+    def run(r, device=None):
+        if r.seed in (0, 3): os.kill(os.getpid(), signal.SIGKILL)
+        return original(r, device)
+    def sweep():
+        study.run = run
+        df = run_all(runs, path, jobs=2)
+        assert df.seed.tolist() == [*range(7)]
+        assert [s != 'ok' for s in df.status] == [True, False, False, True, False, False, False]
+    ends(forked(sweep))
+    assert load_rows(path).set_index('seed').status[0].startswith('TerminatedWorkerError')
+
+
+def test_each_row_is_written_at_once(path):
+    "Short runs come first: joblib must not bundle the long ones behind them"
+    def run(r, device=None):
+        time.sleep(.01 if r.seed < 40 else .6)
+        return made(r, ended=time.time())
+    def sweep():
+        late, original = [], study.append_row
+        def spy(path, row): late.append(time.time() - row['ended']); return original(path, row)
+        study.run, study.append_row = run, spy
+        run_all(grid(SIN, seed=range(44)), path, jobs=2)
+        assert len(late) == 44 and max(late) < .5, late
+    ends(forked(sweep))
+
+
+def test_killed_in_the_middle(path, trained):
+    "From nothing: a new Python, joblib's real workers, kill -9 of all of them"
+    runs = grid(replace(DIGITS, iters=10), seed=range(8))
+    code = ("import sys; from gradreg.study import *; base = Run(data='digits', n_train=50, n_valid=50, bs=25, iters=10); "
+            "run_all(grid(base, seed=range(8)), sys.argv[1], jobs=2)")
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, str(path)], start_new_session=True, stderr=subprocess.DEVNULL, cwd=path.parent)
+    try: wait_for(lambda: len(load_rows(path)) or p.poll() is not None, 120)
+    finally: os.killpg(p.pid, signal.SIGKILL)
+    assert p.wait() == -signal.SIGKILL
+    before = load_rows(path)
+    assert 1 <= len(before) < 8
+    df = run_all(runs, path, jobs=1)
+    assert len(trained) == 8 - len(before) and df.seed.tolist() == [*range(8)]
+    after = complete(path, runs)
+    pd.testing.assert_frame_equal(after[:len(before)], before)
+    r = runs[before.seed[0]]  # a worker's numbers are this process's
+    assert metrics(run(r)) == metrics(before.iloc[0])
+
+
+# many runs in one process
+
+def test_complete_file_trains_nothing(path, monkeypatch):
+    runs = grid(SIN, seed=range(3))
+    for r in runs: append_row(path, made(r))
+    before = path.read_bytes()
+    monkeypatch.setattr(study, 'run', refuse)
+    monkeypatch.setattr(study, 'Parallel', refuse)
+    df = run_all(runs[::-1] + runs, path, jobs=2)
+    assert df.seed.tolist() == [2, 1, 0] and path.read_bytes() == before and run_all([], path).empty
+
+
+def test_only_what_was_asked_for(path, trained):
+    for i in range(3): append_row(path, made(replace(SIN, seed=i, wd=.5)))
+    df = run_all([replace(SIN, seed=7), replace(SIN, seed=1, wd=.5)], path, jobs=1)
+    assert df.seed.tolist() == [7, 1] and trained == [replace(SIN, seed=7)] and len(load_rows(path)) == 4
+
+
+def test_failures_and_divergence_do_not_stop_the_rest(path, trained):
+    bad = [replace(DIGITS, n_train=55), replace(SIN, lr=1e30), replace(SIN, lr=1e30, spect_reg=.1, iters=1), replace(DIGITS, every=4, lr=1e30, jac_reg=1.)]
+    with pytest.warns(UserWarning, match='n_train=55.*10 classes'): df = run_all([*bad, SIN], path, jobs=1)
+    assert df.status[0].startswith('ValueError: n_train=55') and df.status[1:].tolist() == ['diverged']*3 + ['ok']
+    assert df.lr[:4].tolist() == [1e-3, 1e30, 1e30, 1e30] and math.isnan(df.test[0]) and math.isfinite(df.test[4])
+    trained.clear()
+    with pytest.warns(UserWarning, match='tried again next time'): again = run_all([*bad, SIN], path, jobs=1)
+    assert trained == bad[:1]  # the failed one again; a diverged one would diverge again
+    pd.testing.assert_frame_equal(df, again)
+
+
+def test_failed_row_gives_way(path, monkeypatch):
+    monkeypatch.setattr(study, 'run', lambda r, device=None: 1/0)
+    with pytest.warns(UserWarning, match='ZeroDivisionError'): run_all([SIN], path, jobs=1)
+    monkeypatch.setattr(study, 'run', lambda r, device=None: made(r))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert run_all([SIN], path, jobs=1).status.tolist() == ['ok'] == load_rows(path).status.tolist()
+
+
+def test_long_messages_stay_one_line(path, monkeypatch):
+    def run(r, device=None): raise RuntimeError('first\n  second, "third"\r\n' + 'x'*10_000)
+    monkeypatch.setattr(study, 'run', run)
+    with pytest.warns(UserWarning): run_all([SIN], path, jobs=1)
+    assert len(path.read_text().splitlines()) == 2 and load_rows(path).status[0].startswith('RuntimeError: first second, "third" xxx')
+
+
+@pytest.mark.parametrize('kwargs,words', [(dict(jobs=0), 'jobs=0'), (dict(jobs=-1), 'jobs=-1'), (dict(backend='dask'), "backend='dask'.*ray")])
+def test_bad_ways_to_run(path, kwargs, words):
+    with pytest.raises(ValueError, match=words): run_all([SIN], path, **kwargs)
+
+
+def test_smoke(path, monkeypatch, trained, tmp_path):
+    append_row(path, made(SIN))
+    before = path.read_bytes()
+    monkeypatch.setenv('GRADREG_SMOKE', '1')
+    monkeypatch.setattr(study.tempfile, 'gettempdir', lambda: str(tmp_path/'elsewhere'))
+    monkeypatch.setattr(study, '_on_ray', refuse)
+    df = run_all(grid(replace(SIN, iters=10**6), spect_reg=[0, .1], seed=range(3, 9)), path, jobs=2, backend='ray')
+    assert path.read_bytes() == before and [p.name for p in path.parent.glob('*.csv')] == ['rows.csv']
+    assert [(r.spect_reg, r.seed, r.iters) for r in trained] == [(0, 3, 2), (0, 4, 2), (.1, 3, 2), (.1, 4, 2)]
+    assert df.status.eq('ok').all() and df.seed.tolist() == [3, 4, 3, 4]
+
+
+@pytest.mark.parametrize('gpus,jobs,device,expected', [
+    (0, 2, None, [None]*5), (1, 2, None, ['cuda:0']*5), (2, 2, None, ['cuda:0', 'cuda:1', 'cuda:0', 'cuda:1', 'cuda:0']),
+    (2, 2, 'cuda:1', ['cuda:1']*5), (2, 1, None, [None]*5), (2, None, None, ['cuda:0', 'cuda:1', 'cuda:0', 'cuda:1', 'cuda:0'])])
+def test_gpus_take_turns(path, monkeypatch, gpus, jobs, device, expected):
+    class Here: # joblib's Parallel in this process
+        def __init__(self, n_jobs, **kwargs): assert n_jobs == (jobs or 2)
+        def __call__(self, tasks): return (f(*args, **kwargs) for f, args, kwargs in tasks)
+    seen = []
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
+    monkeypatch.setattr(study, 'Parallel', Here)
+    monkeypatch.setattr(study, 'run', lambda r, device: seen.append(device) or made(r))
+    run_all(grid(SIN, seed=range(5)), path, jobs, device=device)
+    assert seen == expected
+
+
+def test_progress(path, monkeypatch, capfd):
+    monkeypatch.setattr(study, 'run', lambda r, device=None: made(r))
+    run_all(grid(SIN, seed=range(3)), path, jobs=1)
+    bar = capfd.readouterr().err
+    assert 'rows: 3 runs' in bar and '100%' in bar and ' left' in bar and '3 done' in bar
+
+
+def test_cost():
+    cost = lambda **kwargs: study._cost(Run(**{'iters': 100, **kwargs}))
+    assert cost() == 100 == cost(wd=1, p_drop=.5) and cost(iters=200) == 200
+    assert cost() < cost(spect_reg=1) < cost(spect_reg=1, double_back=1) < cost(frob_reg=1) and cost(spect_reg=1, every=4) < cost(spect_reg=1)
+
+
+# reading a table
+
+def table(seed=0, n=6):
+    rng = np.random.default_rng(seed)
+    level = rng.normal(size=n)
+    return pd.DataFrame([dict(method=m, bn=m == 'c', seed=s, test=level[s] + g + .3*rng.normal(), valid=rng.normal())
+                         for m, g in (('b', .4), ('a', 0), ('c', -.2)) for s in rng.permutation(n)])
+
+
+def test_summarize_against_scipy():
+    df = table()
+    out = summarize(df, 'method')
+    assert out.index.tolist() == ['b', 'a', 'c'] and out.n.tolist() == [6]*3
+    for m, o in out.iterrows():
+        x = df[df.method == m].test
+        lo, hi = stats.t.interval(.95, len(x) - 1, loc=np.mean(x), scale=stats.sem(x))
+        assert np.allclose([o['mean'], o['sd'], o['mean'] - o.ci95, o['mean'] + o.ci95], [np.mean(x), np.std(x, ddof=1), lo, hi])
+    two = summarize(df, ['method', 'bn'], 'valid')
+    assert two.index.tolist() == [('b', False), ('a', False), ('c', True)]
+    assert np.allclose(two['mean'], [df[df.method == m].valid.mean() for m in 'bac'])
+    assert summarize(df[:1], 'method')[['sd', 'ci95']].isna().all(axis=None)
+    df.loc[df.method == 'a', 'test'] = [math.nan, *range(5)]  # a row without the metric does not count
+    assert summarize(df, 'method').loc['a', ['n', 'mean']].tolist() == [5, 2]
+
+
+def test_compare_against_scipy():
+    df = table()
+    out = compare(df, 'method', 'a')
+    by_seed = {m: df[df.method == m].sort_values('seed').test.to_numpy() for m in 'abc'}
+    for m in 'bc':
+        d, t = by_seed[m] - by_seed['a'], stats.ttest_rel(by_seed[m], by_seed['a'])
+        lo, hi = t.confidence_interval(.95)
+        assert np.allclose(out.loc[m, ['diff', 'p']].astype(float), [d.mean(), t.pvalue])
+        assert np.allclose([out['diff'][m] - out.diff_ci95[m], out['diff'][m] + out.diff_ci95[m]], [lo, hi])
+    assert out.loc['a', ['diff', 'diff_ci95', 'p']].isna().all() and np.allclose(out[['n', 'mean', 'sd', 'ci95']], summarize(df, 'method'))
+    assert np.allclose(compare(df, 'method', 'a', 'valid')['mean'], [df[df.method == m].valid.mean() for m in 'bac'])
+
+
+def test_compare_pairs_the_seeds_that_both_have():
+    df = table(n=8)
+    df = df[~((df.method == 'b') & df.seed.isin([0, 1])) & ~((df.method == 'a') & (df.seed == 7))]
+    x = {m: df[(df.method == m) & df.seed.between(2, 6)].sort_values('seed').test.to_numpy() for m in 'ab'}
+    out = compare(df, 'method', 'a')
+    assert out.p['b'] == pytest.approx(stats.ttest_rel(x['b'], x['a']).pvalue) and out.n['b'] == 6
+
+
+def test_compare_edges():
+    df = table()
+    assert compare(df, 'bn', False).loc[True, 'n'] == 6 and np.isfinite(compare(df[df.method != 'b'], 'bn', False).p[True])
+    same = pd.concat([df[df.method == 'a'], df[df.method == 'a'].assign(method='twin')])
+    assert compare(same, 'method', 'a').loc['twin', 'diff'] == 0 and math.isnan(compare(same, 'method', 'a').p['twin'])
+    assert math.isnan(compare(df[df.method == 'a'], 'method', 'a')['mean'].get('b', math.nan))
+    with pytest.raises(ValueError, match="method='z'.*'b'"): compare(df, 'method', 'z')
+
+
+def test_tune_by_validation_only(path, monkeypatch):
+    monkeypatch.setattr(study, 'run', refuse)
+    for r in grid(DIGITS, spect_reg=[.1, .01, 1.], seed=range(3)):  # on test points .01 and 1 are far better
+        append_row(path, made(r, valid={.1: .9, .01: .89, 1.: .5}[r.spect_reg] + .01*r.seed, test=1 - r.spect_reg if r.spect_reg != .1 else 0.))
+    assert tune(DIGITS, path, spect_reg=[.01, .1, 1.]) == replace(DIGITS, spect_reg=.1)
+    assert tune(DIGITS, path, spect_reg=[.01, 1.]) == replace(DIGITS, spect_reg=.01)
+    df = load_rows(path).drop(columns=['test'])
+    monkeypatch.setattr(study, 'run_all', lambda *args: df)
+    assert tune(DIGITS, path, spect_reg=[.01, .1, 1.]) == replace(DIGITS, spect_reg=.1)
+
+
+def test_tune_averages_over_seeds_and_takes_the_smaller_error(path, monkeypatch):
+    monkeypatch.setattr(study, 'run', refuse)
+    valid = {.1: [1., 1., 9.], .2: [3., 3., 3.], .4: [math.nan]*3, .8: [0., 0., 0.]}
+    status = {.4: 'diverged', .8: 'diverged'}  # a diverged run's numbers do not count
+    for r in grid(SIN, spect_reg=valid, seed=range(3)):
+        append_row(path, made(r, valid=valid[r.spect_reg][r.seed], test=r.spect_reg, status=status.get(r.spect_reg, 'ok')))
+    assert tune(SIN, path, spect_reg=list(valid)) == replace(SIN, spect_reg=.2)
+    assert tune(SIN, path, seeds=range(2), spect_reg=list(valid)) == replace(SIN, spect_reg=.1)
+    with pytest.raises(ValueError, match='none of the runs'): tune(SIN, path, spect_reg=[.4, .8])
+
+
+def test_tune_two_axes(path, monkeypatch):
+    monkeypatch.setattr(study, 'run', lambda r, device=None: made(r, valid=-(r.wd - .2)**2 - (r.double_back - 3)**2, test=r.wd))
+    best = tune(DIGITS, path, seeds=[4], jobs=1, wd=[.1, .2, .3], double_back=[1, 3, 5])
+    assert best == replace(DIGITS, wd=.2, double_back=3) and len(load_rows(path)) == 9 and best.seed == 0
+
+
+# Ray
+
+def test_ray_is_missing(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'ray', None)
+    with pytest.raises(ImportError, match=r'gradreg\[ray\]'): run_all([SIN], path, backend='ray')
+    assert not path.exists()
+
+
+class FakeRay:
+    "Enough of Ray to see what cannot be brought about in seconds: a worker that dies each time, many GPUs, an interrupt"
+    class exceptions: RayError = type('RayError', (Exception,), {})
+    def __init__(self, dies=(), gpus=0): self.dies, self.gpus, self.started, self.cancelled, self.most, self.flying = dies, gpus, [], [], 0, 0
+    def is_initialized(self): return True
+    def cluster_resources(self): return {'CPU': 4., 'GPU': self.gpus} if self.gpus else {'CPU': 4.}
+    def remote(self, **options):
+        self.options, ray = options, self
+        class Task:
+            def __init__(self, f): self.f = f
+            def remote(self, *args):
+                ray.started.append(args)
+                ray.flying += 1
+                ray.most = max(ray.most, ray.flying)
+                return (len(ray.started), self.f, args)
+        return Task
+    def wait(self, refs): return [refs[-1]], refs[:-1]
+    def get(self, ref):
+        self.flying -= 1
+        if ref[2][0].seed in self.dies: raise self.exceptions.RayError('the worker died unexpectedly')
+        return ref[1](*ref[2])
+    def cancel(self, ref, force): self.cancelled.append(ref[2][0].seed)
+
+
+@pytest.mark.parametrize('jobs,gpus', [(2, 0), (None, 0), (3, 8)])
+def test_ray_worker_that_always_dies(path, monkeypatch, jobs, gpus):
+    ray = FakeRay(dies=[1], gpus=gpus)
+    monkeypatch.setitem(sys.modules, 'ray', ray)
+    monkeypatch.setattr(study, 'run', lambda r, device=None: made(r))
+    with pytest.warns(UserWarning, match='RayError: the worker died'): df = run_all(grid(SIN, seed=range(6)), path, jobs, 'ray', device='cpu')
+    assert [s == 'ok' for s in df.status] == [True, False, True, True, True, True] and not ray.cancelled
+    assert ray.most == (jobs or 6) and {o[1] for o in ray.started} == {'cpu'}
+    assert ray.options['num_gpus'] == bool(gpus) and ray.options['num_cpus'] == 1 and ray.options['max_retries'] > 0
+
+
+def test_ray_interrupted(path, monkeypatch):
+    ray = FakeRay()
+    def run(r, device=None):
+        if r.seed == 3: raise KeyboardInterrupt
+        return made(r)
+    monkeypatch.setitem(sys.modules, 'ray', ray)
+    monkeypatch.setattr(study, 'run', run)
+    with pytest.raises(KeyboardInterrupt): run_all(grid(SIN, seed=range(6)), path, 2, 'ray')
+    assert len(load_rows(path)) == len(ray.started) - 1 - len(ray.cancelled) and len(ray.cancelled) == 2
+
+
+def free_ports(n):
+    sockets = [socket.socket() for _ in range(n)]
+    for s in sockets: s.bind(('', 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets: s.close()
+    return ports
+
+
+@pytest.fixture(scope='module')
+def ray_head(tmp_path_factory):
+    "A cluster of two workers on this machine, started as an administrator would, and RAY_ADDRESS set to it"
+    if importlib.util.find_spec('ray') is None: pytest.skip("Ray is not installed: pip install 'gradreg[ray]'")
+    port, *agents = free_ports(5)
+    env = dict(RAY_ADDRESS=f'127.0.0.1:{port}', RAY_AUTH_MODE='token', RAY_AUTH_TOKEN=uuid.uuid4().hex, RAY_raylet_start_wait_time_s='180',
+               RAY_ENABLE_UV_RUN_RUNTIME_ENV='0', RAY_DISABLE_IMPORT_WARNING='1')
+    home = tmp_path_factory.mktemp('r')
+    # with given ports the node does not wait, 15 seconds at most, for its agents to name theirs: ray-project/ray#65983
+    names = 'dashboard-agent-listen-port', 'dashboard-agent-grpc-port', 'metrics-export-port', 'runtime-env-agent-port'
+    command = [str(Path(sys.executable).with_name('ray')), 'start', '--head', '--block', '--num-cpus=2', '--num-gpus=0', f'--port={port}',
+               *(f'--{k}={v}' for k, v in zip(names, agents)), '--include-dashboard=false', '--include-log-monitor=false', '--disable-usage-stats',
+               '--object-store-memory=80000000', f'--temp-dir=/tmp/{home.name}-{port}']
+    with open(home/'head.log', 'w') as log:
+        head = subprocess.Popen(command, env={**os.environ, **env}, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for(lambda: 'Ray runtime started' in (home/'head.log').read_text() or head.poll() is not None, 180)
+        assert head.poll() is None, (home/'head.log').read_text()[-3000:]
+        with pytest.MonkeyPatch.context() as m:
+            for k, v in env.items(): m.setenv(k, v)
+            yield psutil.Process(head.pid)
+            import ray
+            ray.shutdown()
+    finally:
+        kids = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
+        head.terminate()
+        head.wait(60)
+        for o in psutil.wait_procs(kids, 10)[1]: o.kill()
+        import shutil
+        shutil.rmtree(f'/tmp/{home.name}-{port}', ignore_errors=True)
+
+
+def test_ray(ray_head, path, monkeypatch):
+    "A small grid, and a worker killed in the middle of its run costs nothing but that run's time"
+    long = replace(SIN, iters=4000, seed=9)
+    runs = [long, *grid(SIN, seed=range(4)), replace(DIGITS, n_train=55)]
+    killed = []
+    def kill():
+        wait_for(lambda: len(load_rows(path)) == 5, 180)  # all but the long one
+        worker, = [o for o in ray_head.children(recursive=True) if (o.cmdline() or [''])[0].startswith('ray::_task')]
+        worker.kill()
+        killed.append(worker.pid)
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    with pytest.warns(UserWarning, match='n_train=55'): df = run_all(runs, path, jobs=2, backend='ray')
+    killer.join(10)
+    assert len(killed) == 1
+    assert df.status[:5].tolist() == ['ok']*5 and df.status[5].startswith('ValueError: n_train=55') and df.seed.tolist() == [9, 0, 1, 2, 3, 0]
+    for i in (1, 2): assert metrics(run(runs[i])) == metrics(df.iloc[i])
+    monkeypatch.setattr(study, '_on_ray', refuse)
+    monkeypatch.setitem(study.BACKENDS, 'ray', refuse)
+    pd.testing.assert_frame_equal(run_all(runs[:5], path, jobs=2, backend='ray'), df[:5])
