@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['jac_norms', 'spectral_norms', 'loss_grad_norms', 'accuracy', 'between', 'noise_like']
 
-# %% ../nbs/11_measures.ipynb #4a597e50
+# %% ../nbs/11_measures.ipynb #11335996
 import torch, warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -56,15 +57,15 @@ def _logits(net, x):
         raise ValueError(f"the model returned {tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__}, but a measure needs logits (N,C)")
     return z
 
-# %% ../nbs/11_measures.ipynb #a5b41f34
+# %% ../nbs/11_measures.ipynb #425d26e0
 def _frobenius(net, x):
     z = _logits(net, x)
     with torch.no_grad(): return sum(sq_norm(vjp(z, x, e.expand_as(z))) for e in torch.eye(z.shape[1]).to(z)).sqrt()
 
 def jac_norms(
-    model,   # nn.Module or fastai Learner that returns logits (N,C)
-    x,       # inputs, float, (N,*D), N >= 1
-    bs=128   # examples worked on at a time, >= 1
+    model:nn.Module, # network that returns logits (N,C), or a fastai Learner with one
+    x:Tensor, # inputs, float, (N,*D), N >= 1
+    bs:int=128 # examples worked on at a time, >= 1
 )->Tensor: # (N,), on the device of `x`
     "Frobenius norm (not squared) of the Jacobian of the logits at each example: the root of what FrobReg penalises (paper, section 2.1)."
     return _chunkwise(_frobenius, model, x, bs=bs)
@@ -117,7 +118,7 @@ def _lanczos(
         u = AQ[:, -1]
     return top.sqrt(), rough
 
-# %% ../nbs/11_measures.ipynb #9bf67687
+# %% ../nbs/11_measures.ipynb #c3f856e0
 _MAX_EXACT = 32  # classes; measured below
 
 def _spectral(net, x, tol, max_iter):
@@ -133,17 +134,17 @@ def _spectral(net, x, tol, max_iter):
     return top
 
 def spectral_norms(
-    model,       # nn.Module or fastai Learner that returns logits (N,C)
-    x,           # inputs, float32 or float64, (N,*D), N >= 1
-    bs=128,      # examples worked on at a time, >= 1
-    tol=1e-3,    # beyond 32 classes: the residual at which to stop, relative, >= 0; the error is about its square
-    max_iter=100 # beyond 32 classes: products with J J^T at most, >= 1
+    model:nn.Module, # network that returns logits (N,C), or a fastai Learner with one
+    x:Tensor, # inputs, float32 or float64, (N,*D), N >= 1
+    bs:int=128, # examples worked on at a time, >= 1
+    tol:float=1e-3, # beyond 32 classes: the residual at which to stop, relative, >= 0; the error is about its square
+    max_iter:int=100 # beyond 32 classes: products with J J^T at most, >= 1
 )->Tensor: # (N,), on the device of `x`; NaN where the Jacobian is not finite
     "Largest singular value of the Jacobian of the logits at each example: the local Lipschitz constant that section 2.1 of the paper is after."
     if tol < 0 or max_iter < 1: raise ValueError(f"tol must be at least 0 and max_iter at least 1, not {tol} and {max_iter}")
     return _chunkwise(partial(_spectral, tol=tol, max_iter=max_iter), model, x, bs=bs)
 
-# %% ../nbs/11_measures.ipynb #c4425888
+# %% ../nbs/11_measures.ipynb #d054ac40
 def _loss_gradient(net, x, y, loss_func):
     losses = loss_func(_logits(net, x), y)
     if losses.shape != x.shape[:1]:
@@ -151,16 +152,16 @@ def _loss_gradient(net, x, y, loss_func):
     with torch.no_grad(): return sq_norm(vjp(losses, x, torch.ones_like(losses))).sqrt()
 
 def loss_grad_norms(
-    model,   # nn.Module or fastai Learner that returns logits (N,C)
-    x,       # inputs, float, (N,*D), N >= 1
-    y,       # targets as `loss_func` takes them, one per example; for cross-entropy: class indices (N,)
-    loss_func=partial(F.cross_entropy, reduction='none'), # (logits, y) -> (N,), unreduced
-    bs=128   # examples worked on at a time, >= 1
+    model:nn.Module, # network that returns logits (N,C), or a fastai Learner with one
+    x:Tensor, # inputs, float, (N,*D), N >= 1
+    y:Tensor, # targets as `loss_func` takes them, one per example; for cross-entropy: class indices (N,)
+    loss_func:Callable=partial(F.cross_entropy, reduction='none'), # (logits, y) -> (N,), unreduced
+    bs:int=128 # examples worked on at a time, >= 1
 )->Tensor: # (N,), on the device of `x`
     "Norm of the gradient of each example's own loss in its input: the root of what DoubleBack penalises (paper, section 2.1)."
     return _chunkwise(partial(_loss_gradient, loss_func=loss_func), model, x, y, bs=bs)
 
-# %% ../nbs/11_measures.ipynb #e4c9e476
+# %% ../nbs/11_measures.ipynb #1e2c2758
 def _right(net, x, y):
     with torch.no_grad(): z = _logits(net, x)
     if y.ndim != 1 or y.is_floating_point() or z.shape[1] < 2:
@@ -168,23 +169,23 @@ def _right(net, x, y):
     return z.argmax(1) == y
 
 def accuracy(
-    model,   # nn.Module or fastai Learner that returns logits (N,C), C >= 2
-    x,       # inputs, float, (N,*D), N >= 1
-    y,       # class indices, integers (N,)
-    bs=128   # examples worked on at a time, >= 1
+    model:nn.Module, # network that returns logits (N,C), C >= 2, or a fastai Learner with one
+    x:Tensor, # inputs, float, (N,*D), N >= 1
+    y:Tensor, # class indices, integers (N,)
+    bs:int=128 # examples worked on at a time, >= 1
 )->float: # in [0,1]
     "Share of the examples whose largest logit is that of their class."
     return _chunkwise(_right, model, x, y, bs=bs).double().mean().item()
 
-# %% ../nbs/11_measures.ipynb #2972ece0
+# %% ../nbs/11_measures.ipynb #0cbd0122
 def _generator(n, seed):
     if n < 1: raise ValueError(f"n is the number of points to draw, at least 1, not {n}")
     return torch.Generator().manual_seed(seed)  # on the CPU: the same points on every machine
 
 def between(
-    x,      # inputs, float, (N,*D), N >= 2
-    n,      # number of points to draw, >= 1
-    seed=0  # of the random pairs and positions
+    x:Tensor, # inputs, float, (N,*D), N >= 2
+    n:int,    # number of points to draw, >= 1
+    seed:int=0 # of the random pairs and positions
 )->Tensor: # (n,*D), on the device of `x`
     "Random points on the segments between random pairs of different examples (for section 4 of the paper, last part)."
     x, g = _checked(x), _generator(n, seed)
@@ -195,9 +196,9 @@ def between(
     return torch.lerp(x[i.to(x.device)], x[j.to(x.device)], t)
 
 def noise_like(
-    x,      # inputs, float, (N,C,*D) or (N,): channels or features on axis 1
-    n,      # number of points to draw, >= 1
-    seed=0  # of the noise
+    x:Tensor, # inputs, float, (N,C,*D) or (N,): channels or features on axis 1
+    n:int,    # number of points to draw, >= 1
+    seed:int=0 # of the noise
 )->Tensor: # (n,C,*D), on the device of `x`
     "Gaussian noise with the mean and standard deviation of each channel of `x` (for section 4 of the paper, last part)."
     x, g = _checked(x), _generator(n, seed)

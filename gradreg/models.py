@@ -30,13 +30,13 @@ def _at_least_one(**sizes):
     for k, v in sizes.items():
         if v < 1: raise ValueError(f"{k} must be at least 1, not {v}")
 
-# %% ../nbs/02_models.ipynb #e30fadd4
+# %% ../nbs/02_models.ipynb #d953533e
 class _Flat(_Input):
     "The door of a dense net: it flattens first."
     def forward(self, x): return super().forward(x.flatten(1) if x.ndim > 1 else x)
 
 def mlp(
-    sizes # widths from input to output, at least two numbers >= 1, for instance (1,64,64,64,64,64,1)
+    sizes:tuple # widths from input to output, at least two numbers >= 1, for instance (1,64,64,64,64,64,1)
 )->nn.Sequential: # (N,*D) with prod(D) = sizes[0] -> (N,sizes[-1])
     "Dense layers with ReLU between them: the paper's network for SIN (section 4) and the toy of section 2.2."
     sizes = tuple(sizes)
@@ -44,11 +44,11 @@ def mlp(
     layers = [o for ni, nf in zip(sizes, sizes[1:]) for o in (nn.Linear(ni, nf), nn.ReLU())]
     return nn.Sequential(_Flat('mlp', sizes[0]), *layers[:-1])
 
-# %% ../nbs/02_models.ipynb #02932211
+# %% ../nbs/02_models.ipynb #76962fbb
 def lenet5(
-    n_out=10,  # number of classes C, >= 1
-    p_drop=0., # share of the 84 features dropped before the last layer, 0 <= p_drop < 1
-    bn=False   # batch normalization before the last layer?
+    n_out:int=10,    # number of classes C, >= 1
+    p_drop:float=0., # share of the 84 features dropped before the last layer, 0 <= p_drop < 1
+    bn:bool=False    # batch normalization before the last layer?
 )->nn.Sequential: # (N,1,28,28) -> (N,n_out)
     "LeNet-5 with 61,706 parameters at 10 classes (paper, section 4 and Table 2)."
     _at_least_one(n_out=n_out)
@@ -62,7 +62,7 @@ def lenet5(
         *([nn.BatchNorm1d(84)] if bn else []), *([nn.Dropout(p_drop)] if p_drop else []),
         nn.Linear(84, n_out))
 
-# %% ../nbs/02_models.ipynb #f5c6a5bf
+# %% ../nbs/02_models.ipynb #a53085ce
 def _conv3(ni, nf, stride=1): return nn.Sequential(nn.Conv2d(ni, nf, 3, stride, padding=1, bias=False), nn.BatchNorm2d(nf))
 
 class _Block(nn.Module):
@@ -77,9 +77,9 @@ class _Block(nn.Module):
         return F.relu(self.convs(x) + F.pad(short, (0,0, 0,0, 0,self.n_new)))
 
 def cifar_resnet(
-    n_out,      # number of classes C, >= 1
-    width=48,   # channels of the first level, >= 1; the next have 2*width and 4*width
-    n_blocks=3  # residual blocks per level, >= 1
+    n_out:int,     # number of classes C, >= 1
+    width:int=48,  # channels of the first level, >= 1; the next have 2*width and 4*width
+    n_blocks:int=3 # residual blocks per level, >= 1
 )->nn.Sequential: # (N,3,H,W) -> (N,n_out), made for 32x32
     "Residual network with levels of 48, 96 and 192 filters for CIFAR-10 and CIFAR-100 (paper, section 4)."
     _at_least_one(n_out=n_out, width=width, n_blocks=n_blocks)
@@ -88,9 +88,9 @@ def cifar_resnet(
     return nn.Sequential(_Input('cifar_resnet', 3, 'H', 'W'), *_conv3(3, width), nn.ReLU(), *blocks,
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*width, n_out))
 
-# %% ../nbs/02_models.ipynb #f6a7ef5f
+# %% ../nbs/02_models.ipynb #576ffe75
 def resnet18(
-    n_out=200 # number of classes C, >= 1
+    n_out:int=200 # number of classes C, >= 1
 )->nn.Module: # (N,3,H,W) -> (N,n_out), made for 64x64
     "torchvision's ResNet-18 with random weights, a 3x3 first convolution of stride 1 and `n_out` labels: for TinyImageNet-200 (paper, section 4)."
     from torchvision.models import resnet18  # takes as long to import as torch itself

@@ -29,7 +29,7 @@ from . import callbacks, models, penalties
 from .data import image_dls, load_arrays, sin_dls
 from .measures import accuracy, between, jac_norms, noise_like
 
-# %% ../nbs/20_study.ipynb #4dd93d64
+# %% ../nbs/20_study.ipynb #1d09628a
 PROTOCOL = 1  # raise it when a change of `run` or of the data makes old rows incomparable
 
 @dataclass(frozen=True)
@@ -57,13 +57,17 @@ class Run:
     protocol:int=PROTOCOL        # version of the protocol, so that changed rules make new rows
 
     def __post_init__(self):
-        for f in fields(self):
-            kind,value = type(f.default),getattr(self, f.name)
-            try: cast = kind(value)
-            except (TypeError, ValueError): cast = None
-            if cast != value or kind in (int, float) and not (math.isfinite(cast) and cast >= 0):
-                raise ValueError(f"{f.name}={value!r}: must be {dict(str='a name', bool='True or False').get(kind.__name__, 'a finite number, at least 0')}")
-            object.__setattr__(self, f.name, cast)
+        for f in fields(self): object.__setattr__(self, f.name, _cast(f, getattr(self, f.name)))
+
+def _cast(f, value):
+    "The value of a field as the field's type, or an error that says what is wrong with it."
+    kind,low = type(f.default),1 if f.name in ('n_train', 'n_valid', 'every', 'bs', 'iters') else 0
+    try: cast = kind(value)
+    except (TypeError, ValueError, OverflowError): cast = None
+    if cast is None or cast != value or kind in (int, float) and not (math.isfinite(cast) and cast >= low):
+        wanted = {str: 'a name', bool: 'True or False', int: f'a whole number, at least {low}', float: 'a finite number, at least 0'}[kind]
+        raise ValueError(f"{f.name}={value!r}: must be {wanted}")
+    return cast + 0. if kind is float else cast  # -0.0 becomes 0.0
 
 # %% ../nbs/20_study.ipynb #a3ff82f8
 def grid(
@@ -89,7 +93,7 @@ class Iterations(Callback):
         if not torch.isfinite(self.loss): raise CancelFitException
     def before_validate(self): raise CancelValidException
 
-# %% ../nbs/20_study.ipynb #ab3fc485
+# %% ../nbs/20_study.ipynb #4006f413
 REGULARIZERS = {'double_back': callbacks.DoubleBack, 'jac_reg': callbacks.JacReg, 'frob_reg': callbacks.FrobReg,
                 'spect_reg': callbacks.SpectReg, 'confidence_penalty': callbacks.ConfidencePenalty}
 
@@ -108,10 +112,11 @@ def _dls(r, device):
     return image_dls(arrays, per_class, n_valid=r.n_valid, seed=r.seed, bs=r.bs, device=device)
 
 def _model(r, dls):
-    if r.data == 'sin': return models.mlp((1, 64, 64, 64, 64, 64, 1))
+    if r.model not in (('mlp',) if r.data == 'sin' else ('lenet5', 'cifar_resnet', 'resnet18')):
+        raise ValueError(f"model={r.model!r} on {r.data}: choose lenet5, cifar_resnet or resnet18 for images, mlp for sin")
     if r.model == 'lenet5': return models.lenet5(dls.c, p_drop=r.p_drop, bn=r.bn)
-    if r.model in ('cifar_resnet', 'resnet18'): return getattr(models, r.model)(dls.c)
-    raise ValueError(f"model={r.model!r} on {r.data}: choose lenet5, cifar_resnet or resnet18 (mlp for sin)")
+    if r.bn or r.p_drop: raise ValueError(f"bn={r.bn}, p_drop={r.p_drop} on {r.model}: only lenet5 has a choice of them")
+    return models.mlp((1, 64, 64, 64, 64, 64, 1)) if r.model == 'mlp' else getattr(models, r.model)(dls.c)
 
 def _opt_func(r):
     def opt(params, lr): # weight decay on weights only, which are the parameters of more than one axis
@@ -122,11 +127,11 @@ def _opt_func(r):
         raise ValueError(f"opt={r.opt!r}: choose adam or sgd")
     return opt
 
-# %% ../nbs/20_study.ipynb #55a9edfc
+# %% ../nbs/20_study.ipynb #7ebae9e5
 @lru_cache
 def _commit():
-    got = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
-    return got.stdout.strip() if got.returncode == 0 else ''
+    try: return subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError): return ''
 
 def _machine(device):
     cuda = device.type == 'cuda'
@@ -183,13 +188,15 @@ def run(
                     **pens, seconds=time.perf_counter() - start, peak_mb=_peak_mb(learn.dls.device), **_machine(learn.dls.device))
     finally: torch.set_num_threads(threads)
 
-# %% ../nbs/20_study.ipynb #0da8fe09
+# %% ../nbs/20_study.ipynb #460a49bd
 def _read(path):
     "The rows of a result file as dicts of strings; a last line without its end, from some broken copy, does not count."
     text = path.read_text(encoding='utf-8') if path.exists() else ''
     return list(csv.DictReader(io.StringIO(text[:text.rfind('\n')+1])))
 
-def _key(row): return tuple(str(row.get(f.name) or f.default) for f in fields(Run))
+def _key(row):
+    blank = lambda f: row.get(f.name) in (None, '')  # a column that is younger than the row
+    return tuple(str(f.default if blank(f) else row[f.name]) for f in fields(Run))
 def _is_done(row): return row['status'] in ('ok', 'diverged')
 
 def append_row(
@@ -204,12 +211,14 @@ def append_row(
         if any(_key(o) == key and _is_done(o) for o in rows): return
         rows = [o for o in rows if _key(o) != key] + [row]
         fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}-', suffix='.tmp')
-        with os.fdopen(fd, 'w', encoding='utf-8', newline='') as f:
-            out = csv.DictWriter(f, list(dict.fromkeys(k for o in rows for k in o)), lineterminator='\n')
-            out.writeheader()
-            out.writerows(rows)
-        os.chmod(tmp, 0o644)
-        os.replace(tmp, path)
+        try:
+            with os.fdopen(fd, 'w', encoding='utf-8', newline='') as f:
+                out = csv.DictWriter(f, list(dict.fromkeys(k for o in rows for k in o)), lineterminator='\n')
+                out.writeheader()
+                out.writerows(rows)
+            os.chmod(tmp, 0o644)
+            os.replace(tmp, path)
+        finally: Path(tmp).unlink(missing_ok=True)
 
 def results(
     name:str # of a study
@@ -224,10 +233,14 @@ def load_rows(
     rows = _read(Path(path))
     text = {'status', 'commit', 'data', 'model', 'probe', 'opt', 'device', 'python', 'torch', 'fastai'}
     df = pd.DataFrame(rows, columns=list(rows[0]) if rows else [f.name for f in fields(Run)] + ['status'])
-    def parse(col): return col.map({'True': True, 'False': False}) if col.isin(['True', 'False']).all() else pd.to_numeric(col)
-    return df.apply(lambda col: col if col.name in text else parse(col)) if rows else df
+    return df.apply(lambda col: col if col.name in text else _parsed(col)) if rows else df
 
-# %% ../nbs/20_study.ipynb #58eac34f
+def _parsed(col):
+    col = col.replace(['', 'nan'], None)
+    if col.notna().any() and col.dropna().isin(['True', 'False']).all(): return col.map({'True': True, 'False': False})
+    return pd.to_numeric(col)
+
+# %% ../nbs/20_study.ipynb #13aa9bce
 def _cost(r):
     "Estimated work of a run, in plain steps (measured on LeNet-5: chapter Callbacks)."
     projected = bool(r.double_back) + bool(r.spect_reg)
@@ -250,6 +263,8 @@ def run_all(
     device=None     # where to train; fastai's default device if None
 )->pd.DataFrame: # the rows of these runs
     "Train the runs that the file does not hold yet and return the rows of all. Can be interrupted and started again at any time."
+    if jobs is not None and jobs < 1: raise ValueError(f"jobs={jobs}: must be at least 1, or None for one per GPU or core")
+    if backend not in ('loky', 'ray'): raise ValueError(f"backend={backend!r}: choose 'loky' (this machine) or 'ray' (a cluster)")
     if os.environ.get('GRADREG_SMOKE'): (runs,path),jobs = _smoke(runs, path),1
     path,runs = Path(path),list(dict.fromkeys(runs))
     if backend == 'ray':
@@ -262,8 +277,8 @@ def run_all(
         except BrokenProcessPool:
             if attempt == 2: raise
         else: break
-    df,wanted = load_rows(path),{_key(asdict(r)) for r in runs}
-    df = df[[_key(o) in wanted for o in _read(path)]]
+    row_of = {_key(o): i for i,o in enumerate(_read(path))}
+    df = load_rows(path).iloc[[row_of[_key(asdict(r))] for r in runs]]
     for o in df[~df.status.isin(['ok', 'diverged'])].itertuples(): warnings.warn(f'a run failed and will be tried again next time: {o.status}')
     return df.reset_index(drop=True)
 

@@ -1,5 +1,5 @@
 "What a reader of chapter 20_study need not see: bad values, interrupted, killed and concurrent sweeps, a real Ray, independent oracles"
-import importlib.util, math, multiprocessing, os, random, signal, socket, subprocess, sys, threading, time, uuid, warnings
+import importlib.util, math, multiprocessing, os, random, shutil, signal, socket, subprocess, sys, threading, time, uuid, warnings
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -355,6 +355,14 @@ def ends(p, code=0, seconds=60):
     assert p.exitcode == code
 
 
+def slow_sweep(runs, path, original=study.run):
+    def run(r, device=None):
+        time.sleep(.3)  # so that there is a middle
+        return original(r, device)
+    study.run = run
+    run_all(runs, path, jobs=2)
+
+
 def complete(path, runs):
     "All rows are there, none twice, and each is what training gives"
     df = load_rows(path)
@@ -403,8 +411,8 @@ def test_two_sweeps_on_one_file(path):
 
 @pytest.mark.parametrize('who', ['terminal', 'notebook'])
 def test_ctrl_c(path, trained, who):
-    runs = grid(replace(SIN, iters=200), seed=range(8))
-    p = forked(lambda: run_all(runs, path, jobs=2))
+    runs = grid(SIN, seed=range(8))
+    p = forked(slow_sweep, runs, path)
     wait_for(lambda: len(load_rows(path)))
     workers = psutil.Process(p.pid).children(recursive=True)
     (os.killpg if who == 'terminal' else os.kill)(p.pid, signal.SIGINT)  # Ctrl-C reaches the group, Jupyter's stop button the process
@@ -428,8 +436,8 @@ def test_ctrl_c_alone(path, monkeypatch):
 
 
 def test_killed_worker(path):
-    runs = grid(replace(SIN, iters=200), seed=range(8))
-    p = forked(lambda: run_all(runs, path, jobs=2))
+    runs = grid(SIN, seed=range(8))
+    p = forked(slow_sweep, runs, path)
     wait_for(lambda: len(load_rows(path)))
     before = load_rows(path)
     wait_for(lambda: psutil.Process(p.pid).children())[0].kill()
@@ -683,9 +691,10 @@ class FakeRay:
                 ray.most = max(ray.most, ray.flying)
                 return (len(ray.started), self.f, args)
         return Task
-    def wait(self, refs): return [refs[-1]], refs[:-1]
-    def get(self, ref):
+    def wait(self, refs):
         self.flying -= 1
+        return [refs[-1]], refs[:-1]
+    def get(self, ref):
         if ref[2][0].seed in self.dies: raise self.exceptions.RayError('the worker died unexpectedly')
         return ref[1](*ref[2])
     def cancel(self, ref, force): self.cancelled.append(ref[2][0].seed)
@@ -749,13 +758,12 @@ def ray_head(tmp_path_factory):
         head.terminate()
         head.wait(60)
         for o in psutil.wait_procs(kids, 10)[1]: o.kill()
-        import shutil
         shutil.rmtree(f'/tmp/{home.name}-{port}', ignore_errors=True)
 
 
 def test_ray(ray_head, path, monkeypatch):
     "A small grid, and a worker killed in the middle of its run costs nothing but that run's time"
-    long = replace(SIN, iters=4000, seed=9)
+    long = replace(SIN, iters=2000, seed=9)
     runs = [long, *grid(SIN, seed=range(4)), replace(DIGITS, n_train=55)]
     killed = []
     def kill():
@@ -772,4 +780,4 @@ def test_ray(ray_head, path, monkeypatch):
     for i in (1, 2): assert metrics(run(runs[i])) == metrics(df.iloc[i])
     monkeypatch.setattr(study, '_on_ray', refuse)
     monkeypatch.setitem(study.BACKENDS, 'ray', refuse)
-    pd.testing.assert_frame_equal(run_all(runs[:5], path, jobs=2, backend='ray'), df[:5])
+    pd.testing.assert_frame_equal(run_all(runs[:5], path, jobs=2, backend='ray'), df[:5], check_dtype=False)
