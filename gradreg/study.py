@@ -80,7 +80,7 @@ def grid(
     values = [list(v) if isinstance(v, Iterable) and not isinstance(v, str) else [v] for v in axes.values()]
     return [replace(base, **dict(zip(axes, combination))) for combination in itertools.product(*values)]
 
-# %% ../nbs/20_study.ipynb #18c2fd29
+# %% ../nbs/20_study.ipynb #47fbab6c
 class Iterations(Callback):
     "Fit for `n` batches, at learning rates `lr` times 1, 0.1, 0.01 from 0, 50 and 75 % on; stop early if the loss is no longer finite."
     def __init__(self, n, lr): self.n,self.lr = n,lr
@@ -90,7 +90,8 @@ class Iterations(Callback):
     def after_batch(self):
         if self.training and self.train_iter >= self.n: raise CancelTrainException
     def after_train(self):
-        if not torch.isfinite(self.loss): raise CancelFitException
+        self.diverged = not torch.isfinite(self.loss).item()
+        if self.diverged: raise CancelFitException
     def before_validate(self): raise CancelValidException
 
 # %% ../nbs/20_study.ipynb #4006f413
@@ -152,7 +153,7 @@ def _slopes(model, train, test, seed):
     points = dict(train=_some(train), test=_some(test), between=between(train, 64, seed=seed), noise=noise_like(train, 64, seed=seed))
     return {f'jac_{k}': jac_norms(model, x).mean().item() for k, x in points.items()}
 
-# %% ../nbs/20_study.ipynb #d64215ca
+# %% ../nbs/20_study.ipynb #a3af891b
 class HalfSumLoss(nn.Module):
     "Half the sum of squared errors over the batch, the authors' loss on SIN: bs/2 times the mean squared error."
     def __init__(self, reduction='sum'):
@@ -181,18 +182,19 @@ def run(
         learn = _learner(r, device)
         learn.fit(math.ceil(r.iters/len(learn.dls.train)), r.lr)
         model,(train,valid,test) = learn.model,[dl.dataset for dl in learn.dls.loaders]
-        finite = all(p.isfinite().all() for p in model.parameters())
+        finite = not learn.iterations.diverged and all(p.isfinite().all() for p in model.parameters())
         pens = {f'{cb.name}_end': sum(cb.penalties[-100:])/len(cb.penalties[-100:]) for cb in learn.cbs if isinstance(cb, callbacks.GradReg)}
         return dict(asdict(r), status='ok' if finite else 'diverged', test=_score(model, test), valid=_score(model, valid), train=_score(model, train),
                     **_slopes(model, train.x, test.x, r.seed), weight_norm=sum(p.square().sum().item() for p in model.parameters() if p.ndim > 1),
                     **pens, seconds=time.perf_counter() - start, peak_mb=_peak_mb(learn.dls.device), **_machine(learn.dls.device))
     finally: torch.set_num_threads(threads)
 
-# %% ../nbs/20_study.ipynb #460a49bd
+# %% ../nbs/20_study.ipynb #7b024682
 def _read(path):
     "The rows of a result file as dicts of strings; a last line without its end, from some broken copy, does not count."
     text = path.read_text(encoding='utf-8') if path.exists() else ''
-    return list(csv.DictReader(io.StringIO(text[:text.rfind('\n')+1])))
+    rows = csv.DictReader(io.StringIO(text[:text.rfind('\n')+1]))
+    return [o for o in rows if None not in o and None not in o.values()]  # lines of the right length
 
 def _key(row):
     blank = lambda f: row.get(f.name) in (None, '')  # a column that is younger than the row
@@ -238,7 +240,8 @@ def load_rows(
 def _parsed(col):
     col = col.replace(['', 'nan'], None)
     if col.notna().any() and col.dropna().isin(['True', 'False']).all(): return col.map({'True': True, 'False': False})
-    return pd.to_numeric(col)
+    try: return pd.to_numeric(col)
+    except ValueError: return col
 
 # %% ../nbs/20_study.ipynb #13aa9bce
 def _cost(r):

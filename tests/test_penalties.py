@@ -1,4 +1,4 @@
-"Jacobian products and penalties against torch.func in float64, over nets, classes, dtypes and shapes; errors; memory; probes"
+"Jacobian products and penalties against torch.func in float64, over nets, classes, dtypes, shapes; errors; memory; probes"
 import copy, gc, subprocess, sys, weakref
 import pytest, torch
 from fastai.torch_core import TensorImage
