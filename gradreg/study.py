@@ -153,7 +153,7 @@ def _slopes(model, train, test, seed):
     points = dict(train=_some(train), test=_some(test), between=between(train, 64, seed=seed), noise=noise_like(train, 64, seed=seed))
     return {f'jac_{k}': jac_norms(model, x).mean().item() for k, x in points.items()}
 
-# %% ../nbs/20_study.ipynb #a3af891b
+# %% ../nbs/20_study.ipynb #01451924
 class HalfSumLoss(nn.Module):
     "Half the sum of squared errors over the batch, the authors' loss on SIN: bs/2 times the mean squared error."
     def __init__(self, reduction='sum'):
@@ -182,9 +182,10 @@ def run(
         learn = _learner(r, device)
         learn.fit(math.ceil(r.iters/len(learn.dls.train)), r.lr)
         model,(train,valid,test) = learn.model,[dl.dataset for dl in learn.dls.loaders]
-        finite = not learn.iterations.diverged and all(p.isfinite().all() for p in model.parameters())
+        scores = {name: _score(model, ds) for name,ds in (('test', test), ('valid', valid), ('train', train))}
+        finite = not learn.iterations.diverged and all(map(math.isfinite, scores.values())) and all(p.isfinite().all() for p in model.parameters())
         pens = {f'{cb.name}_end': sum(cb.penalties[-100:])/len(cb.penalties[-100:]) for cb in learn.cbs if isinstance(cb, callbacks.GradReg)}
-        return dict(asdict(r), status='ok' if finite else 'diverged', test=_score(model, test), valid=_score(model, valid), train=_score(model, train),
+        return dict(asdict(r), status='ok' if finite else 'diverged', **scores,
                     **_slopes(model, train.x, test.x, r.seed), weight_norm=sum(p.square().sum().item() for p in model.parameters() if p.ndim > 1),
                     **pens, seconds=time.perf_counter() - start, peak_mb=_peak_mb(learn.dls.device), **_machine(learn.dls.device))
     finally: torch.set_num_threads(threads)
