@@ -80,10 +80,13 @@ def grid(
     values = [list(v) if isinstance(v, Iterable) and not isinstance(v, str) else [v] for v in axes.values()]
     return [replace(base, **dict(zip(axes, combination))) for combination in itertools.product(*values)]
 
-# %% ../nbs/20_study.ipynb #47fbab6c
+# %% ../nbs/20_study.ipynb #e3ca64a2
 class Iterations(Callback):
     "Fit for `n` batches, at learning rates `lr` times 1, 0.1, 0.01 from 0, 50 and 75 % on; stop early if the loss is no longer finite."
-    def __init__(self, n, lr): self.n,self.lr = n,lr
+    def __init__(self,
+        n:int,   # batches to train on
+        lr:float # learning rate at the start
+    ): self.n,self.lr = n,lr
     def before_batch(self):
         done = self.train_iter/self.n
         self.opt.set_hypers(lr=self.lr*(1 if done < .5 else .1 if done < .75 else .01))
@@ -153,10 +156,12 @@ def _slopes(model, train, test, seed):
     points = dict(train=_some(train), test=_some(test), between=between(train, 64, seed=seed), noise=noise_like(train, 64, seed=seed))
     return {f'jac_{k}': jac_norms(model, x).mean().item() for k, x in points.items()}
 
-# %% ../nbs/20_study.ipynb #01451924
+# %% ../nbs/20_study.ipynb #37637089
 class HalfSumLoss(nn.Module):
     "Half the sum of squared errors over the batch, the authors' loss on SIN: bs/2 times the mean squared error."
-    def __init__(self, reduction='sum'):
+    def __init__(self,
+        reduction='sum' # 'sum', or 'none' for one loss per example, as DoubleBack needs it
+    ):
         super().__init__()
         self.reduction = reduction
     def forward(self, pred, targ):
@@ -322,12 +327,14 @@ def compare(
         return dict(diff=d.mean(), diff_ci95=_half_width(d.std(), len(d)), p=stats.ttest_1samp(d, 0).pvalue if d.any() else math.nan)
     return summarize(df, by, metric).join(pd.DataFrame({col: paired(col) for col in wide if col != baseline}).T)
 
-# %% ../nbs/20_study.ipynb #ae2dec4e
+# %% ../nbs/20_study.ipynb #8d9fde20
 def tune(
     base:Run,       # the run to tune
     path,           # result file, csv
     seeds=range(3), # seeds to average over
-    jobs=None, backend='loky', device=None, # as in `run_all`
+    jobs=None,      # as in `run_all`
+    backend='loky', # as in `run_all`
+    device=None,    # as in `run_all`
     **axes          # field=values to choose from, for instance `spect_reg=[.01, .03, .1]`
 )->Run: # `base` with the best values
     "The run with the best mean validation metric over the seeds; the test set plays no part (paper, section 4)."
