@@ -27,7 +27,7 @@ def _leaf(x):
 def _compiled(model): # `torch.compile(model)` or `model.compile()`, in any submodule
     return any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None for m in model.modules())
 
-# %% ../nbs/10_callbacks.ipynb #ef41991e
+# %% ../nbs/10_callbacks.ipynb #0ea94dc0
 class GradReg(Callback):
     "Base of the penalty callbacks: adds `lam` times the batch mean of `penalty()` to the loss that is differentiated (paper, section 2.1)."
     order,run_valid = GradientAccumulation.order-1,False
@@ -65,7 +65,7 @@ class GradReg(Callback):
 
     def before_fit(self):
         self._drop_column()
-        if not self.learn.create_mbar: return  # `validate` and `get_preds` send this event too
+        if self.learn.lock.locked(): return  # `validate` and `get_preds` send this event too, and hold the lock
         if _compiled(self.model):
             raise ValueError("the model is compiled, and a compiled backward pass cannot be differentiated again "
                              "(pytorch#91469): train the original, `learn.model = compiled._orig_mod`, and compile it afterwards")

@@ -809,3 +809,11 @@ def test_the_data_are_left_alone():
     before = x.clone()
     fit(FrobReg(1.), SpectReg(1.), dls=loaders(after_batch=lambda b: (x, y)), epochs=2)
     assert torch.equal(before, x) and not x.requires_grad and x.grad is None
+
+def test_a_fit_without_progress_bars_is_a_fit():
+    cb = FrobReg(1.)
+    learn = learner(cb, metrics=accuracy)
+    for quiet in learn.no_bar, learn.no_mbar, learn.no_logging:
+        with quiet(): run(learn)
+        assert len(cb.penalties) == 3 and learn.recorder.metric_names[-2] == 'frob_reg'
+        assert len(learn.recorder.values[0]) == 4
