@@ -27,7 +27,7 @@ def _leaf(x):
 def _compiled(model): # `torch.compile(model)` or `model.compile()`, in any submodule
     return any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None for m in model.modules())
 
-# %% ../nbs/10_callbacks.ipynb #0ea94dc0
+# %% ../nbs/10_callbacks.ipynb #89672346
 class GradReg(Callback):
     "Base of the penalty callbacks: adds `lam` times the batch mean of `penalty()` to the loss that is differentiated (paper, section 2.1)."
     order,run_valid = GradientAccumulation.order-1,False
@@ -35,7 +35,7 @@ class GradReg(Callback):
         lam:float,  # the paper's lambda, finite, at least 0; with 0 training is the same bit for bit as without the callback
         every:int=1 # apply on each `every`-th batch, with weight `every*lam` (lazy regularization, Karras et al. 2020)
     ):
-        if not (math.isfinite(lam) and lam >= 0): raise ValueError(f"lam={lam}: the strength must be a finite number, at least 0")
+        if isinstance(lam, str) or not (math.isfinite(lam) and lam >= 0): raise ValueError(f"lam={lam!r}: the strength must be a finite number, at least 0")
         if not (isinstance(every, int) and every > 0): raise ValueError(f"every={every}: must be a whole number, at least 1 (each batch)")
         self.lam,self.every = lam,every
         self._start_record()
@@ -68,7 +68,7 @@ class GradReg(Callback):
         if self.learn.lock.locked(): return  # `validate` and `get_preds` send this event too, and hold the lock
         if _compiled(self.model):
             raise ValueError("the model is compiled, and a compiled backward pass cannot be differentiated again "
-                             "(pytorch#91469): train the original, `learn.model = compiled._orig_mod`, and compile it afterwards")
+                             "(pytorch#91469): train the model as it was before torch.compile (`learn.model = compiled._orig_mod`) or before model.compile(), and compile it afterwards")
         self._start_record()
         self.learn.metrics = self.learn.metrics + ValueMetric(self._mean, self.name)
 

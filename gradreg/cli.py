@@ -90,7 +90,7 @@ def run(
     print('\n\n'.join(_texts(nb)))
     print('\n' + '\n'.join(map(str, [*sorted(out.glob('*.csv')), *figures, out/f'{study}.html'])))
 
-# %% ../nbs/22_cli.ipynb #45861467
+# %% ../nbs/22_cli.ipynb #20ff2b74
 COMMANDS = {'list': list_studies, 'run': run, 'show': show}
 
 def main(
@@ -104,7 +104,8 @@ def main(
         return 0 if name in ('-h', '--help') else 2
     args = anno_parser(COMMANDS[name], prog=f'gradreg {name}').parse_args(rest)
     try: COMMANDS[name](**{k: v for k,v in vars(args).items() if k not in ('pdb', 'xtra')})
-    except (ValueError, OSError, ImportError) as e: print(f'gradreg: {e}', file=sys.stderr); return 2
+    except ImportError as e: print(f"gradreg: {e}: studies are notebooks and need `pip install nbclient nbconvert`", file=sys.stderr); return 2
+    except (ValueError, OSError) as e: print(f'gradreg: {e}', file=sys.stderr); return 2
     except KeyboardInterrupt: print('\ngradreg: stopped; the same command goes on from here', file=sys.stderr); return 130
     except Exception as e:
         if type(e).__name__ != 'CellExecutionError': raise

@@ -1,5 +1,5 @@
-"What a reader of chapter 20_study need not see: bad values, interrupted, killed and concurrent sweeps, independent oracles"
-import math, multiprocessing, os, random, signal, subprocess, sys, time, warnings
+"What a reader of chapter 20_study need not see: bad values, interrupted, killed and concurrent sweeps, a real Ray, independent oracles"
+import importlib.util, math, multiprocessing, os, random, shutil, signal, socket, subprocess, sys, tempfile, threading, time, uuid, warnings
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -354,6 +354,12 @@ def ends(p, code=0, seconds=60):
     assert p.exitcode == code
 
 
+def workers(p): return [o for o in psutil.Process(p.pid).children() if not any('resource_tracker' in w for w in o.cmdline())]
+
+
+def gone(processes): return all(not o.is_running() or o.status() == 'zombie' for o in processes)
+
+
 def slow_sweep(runs, path, original=study.run):
     def run(r, device=None):
         time.sleep(.3)  # so that there is a middle
@@ -397,6 +403,15 @@ def test_two_writers(path):
     assert not list(path.parent.glob('.*tmp'))
 
 
+def test_two_sweeps_on_one_file(path):
+    runs, start = grid(replace(SIN, iters=30), seed=range(8)), _fork.Event()
+    def sweep(rs):
+        start.wait()
+        assert run_all(rs, path, jobs=1).seed.tolist() == [r.seed for r in rs]
+    ps = [forked(sweep, runs), forked(sweep, runs[::-1])]
+    start.set()
+    for p in ps: ends(p)
+    complete(path, runs)
 
 
 @pytest.mark.parametrize('who', ['terminal', 'notebook'])
@@ -404,12 +419,12 @@ def test_ctrl_c(path, trained, who):
     runs = grid(SIN, seed=range(8))
     p = forked(slow_sweep, runs, path)
     wait_for(lambda: len(load_rows(path)))
-    workers = psutil.Process(p.pid).children(recursive=True)
+    kids = workers(p)
     (os.killpg if who == 'terminal' else os.kill)(p.pid, signal.SIGINT)  # Ctrl-C reaches the group, Jupyter's stop button the process
     ends(p, 130)
     before = load_rows(path)
     assert 1 <= len(before) < 8 and before.status.eq('ok').all()
-    wait_for(lambda: not any(o.is_running() and o.status() != 'zombie' for o in workers))
+    assert len(kids) == 2 and wait_for(lambda: gone(kids))
     run_all(runs, path, jobs=1)
     after = complete(path, runs)
     assert len(trained) == 8 - len(before)
@@ -430,29 +445,73 @@ def test_killed_worker(path):
     p = forked(slow_sweep, runs, path)
     wait_for(lambda: len(load_rows(path)))
     before = load_rows(path)
-    wait_for(lambda: psutil.Process(p.pid).children())[0].kill()
+    workers(p)[0].kill()
     ends(p)
     after = complete(path, runs)
     pd.testing.assert_frame_equal(after[:len(before)], before)
 
 
+def test_workers_do_not_outlive_the_sweep(path, original=study.run):
+    "kill -9 of the one process: its workers finish what they are at, and go"
+    def run(r, device=None):
+        (path.parent/f'started-{r.seed}').touch()
+        time.sleep(.3)
+        return original(r, device)
+    def sweep():
+        study.run = run
+        run_all(grid(SIN, seed=range(20)), path, jobs=2)
+    p = forked(sweep)
+    wait_for(lambda: len(load_rows(path)))
+    kids = workers(p)
+    os.kill(p.pid, signal.SIGKILL)
+    wait_for(lambda: p.exitcode is not None)
+    started = len([*path.parent.glob('started-*')])
+    assert len(kids) == 2 and wait_for(lambda: gone(kids))
+    assert len([*path.parent.glob('started-*')]) <= started + 2 < 20
 
 
+def test_runs_that_kill_their_worker(path):
+    "Too much memory, for instance: they become rows that say so, all others are trained"
+    runs, original = grid(SIN, seed=range(7)), study.run
+    def run(r, device=None):
+        if r.seed in (0, 3): os.kill(os.getpid(), signal.SIGKILL)
+        return original(r, device)
+    def sweep():
+        study.run = run
+        df = run_all(runs, path, jobs=2)
+        assert df.seed.tolist() == [*range(7)]
+        assert [s != 'ok' for s in df.status] == [True, False, False, True, False, False, False]
+    ends(forked(sweep))
+    assert load_rows(path).set_index('seed').status[0].startswith('TerminatedWorkerError')
+
+
+def test_each_row_is_written_at_once(path):
+    "Short runs come first: joblib must not bundle the long ones behind them"
+    def run(r, device=None):
+        time.sleep(.01 if r.seed < 40 else .6)
+        return made(r, ended=time.time())
+    def sweep():
+        late, original = [], study.append_row
+        def spy(path, row): late.append(time.time() - row['ended']); return original(path, row)
+        study.run, study.append_row = run, spy
+        run_all(grid(SIN, seed=range(44)), path, jobs=2)
+        assert len(late) == 44 and max(late) < .5, late
+    ends(forked(sweep))
 
 
 def test_killed_in_the_middle(path, trained):
     "From nothing: a new Python, joblib's real workers, kill -9 of all of them"
-    runs = grid(replace(DIGITS, iters=10), seed=range(8))
-    code = ("import sys; from gradreg.study import *; base = Run(data='digits', n_train=50, n_valid=50, bs=25, iters=10); "
-            "run_all(grid(base, seed=range(8)), sys.argv[1], jobs=2)")
+    runs = grid(replace(DIGITS, iters=20), seed=range(6))
+    code = ("import sys; from gradreg.study import *; base = Run(data='digits', n_train=50, n_valid=50, bs=25, iters=20); "
+            "run_all(grid(base, seed=range(6)), sys.argv[1], jobs=2)")
     p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, str(path)], start_new_session=True, stderr=subprocess.DEVNULL, cwd=path.parent)
     try: wait_for(lambda: len(load_rows(path)) or p.poll() is not None, 120)
     finally: os.killpg(p.pid, signal.SIGKILL)
     assert p.wait() == -signal.SIGKILL
     before = load_rows(path)
-    assert 1 <= len(before) < 8
+    assert 1 <= len(before) < 6
     df = run_all(runs, path, jobs=1)
-    assert len(trained) == 8 - len(before) and df.seed.tolist() == [*range(8)]
+    assert len(trained) == 6 - len(before) and df.seed.tolist() == [*range(6)]
     after = complete(path, runs)
     pd.testing.assert_frame_equal(after[:len(before)], before)
     r = runs[before.seed[0]]  # a worker's numbers are this process's
@@ -509,8 +568,31 @@ def test_bad_ways_to_run(path, kwargs, words):
     with pytest.raises(ValueError, match=words): run_all([SIN], path, **kwargs)
 
 
+def test_smoke(path, monkeypatch, trained, tmp_path):
+    append_row(path, made(SIN))
+    before = path.read_bytes()
+    monkeypatch.setenv('GRADREG_SMOKE', '1')
+    monkeypatch.setattr(study.tempfile, 'gettempdir', lambda: str(tmp_path/'elsewhere'))
+    monkeypatch.setattr(study, '_on_ray', refuse)
+    df = run_all(grid(replace(SIN, iters=10**6), spect_reg=[0, .1], seed=range(3, 9)), path, jobs=2, backend='ray')
+    assert path.read_bytes() == before and [p.name for p in path.parent.glob('*.csv')] == ['rows.csv']
+    assert [(r.spect_reg, r.seed, r.iters) for r in trained] == [(0, 3, 2), (0, 4, 2), (.1, 3, 2), (.1, 4, 2)]
+    assert df.status.eq('ok').all() and df.seed.tolist() == [3, 4, 3, 4]
 
 
+@pytest.mark.parametrize('gpus,jobs,device,expected', [
+    (0, 2, None, [None]*5), (1, 2, None, ['cuda:0']*5), (2, 2, None, ['cuda:0', 'cuda:1', 'cuda:0', 'cuda:1', 'cuda:0']),
+    (2, 2, 'cuda:1', ['cuda:1']*5), (2, 1, None, [None]*5), (2, None, None, ['cuda:0', 'cuda:1', 'cuda:0', 'cuda:1', 'cuda:0'])])
+def test_gpus_take_turns(path, monkeypatch, gpus, jobs, device, expected):
+    class Here: # joblib's Parallel in this process
+        def __init__(self, n_jobs, **kwargs): assert n_jobs == (jobs or 2)
+        def __call__(self, tasks): return (f(*args, **kwargs) for f, args, kwargs in tasks)
+    seen = []
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
+    monkeypatch.setattr(study, 'Parallel', Here)
+    monkeypatch.setattr(study, 'run', lambda r, device: seen.append(device) or made(r))
+    run_all(grid(SIN, seed=range(5)), path, jobs, device=device)
+    assert seen == expected
 
 
 def test_progress(path, monkeypatch, capfd):
@@ -607,3 +689,118 @@ def test_tune_two_axes(path, monkeypatch):
     monkeypatch.setattr(study, 'run', lambda r, device=None: made(r, valid=-(r.wd - .2)**2 - (r.double_back - 3)**2, test=r.wd))
     best = tune(DIGITS, path, seeds=[4], jobs=1, wd=[.1, .2, .3], double_back=[1, 3, 5])
     assert best == replace(DIGITS, wd=.2, double_back=3) and len(load_rows(path)) == 9 and best.seed == 0
+
+
+# Ray
+
+def test_ray_is_missing(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'ray', None)
+    with pytest.raises(ImportError, match=r'gradreg\[ray\]'): run_all([SIN], path, backend='ray')
+    assert not path.exists()
+
+
+class FakeRay:
+    "Enough of Ray to see what cannot be brought about in seconds: a worker that dies each time, many GPUs, an interrupt"
+    class exceptions: RayError = type('RayError', (Exception,), {})
+    def __init__(self, dies=(), gpus=0): self.dies, self.gpus, self.started, self.cancelled, self.most, self.flying = dies, gpus, [], [], 0, 0
+    def is_initialized(self): return True
+    def cluster_resources(self): return {'CPU': 4., 'GPU': self.gpus} if self.gpus else {'CPU': 4.}
+    def remote(self, **options):
+        self.options, ray = options, self
+        class Task:
+            def __init__(self, f): self.f = f
+            def remote(self, *args):
+                ray.started.append(args)
+                ray.flying += 1
+                ray.most = max(ray.most, ray.flying)
+                return (len(ray.started), self.f, args)
+        return Task
+    def wait(self, refs):
+        self.flying -= 1
+        return [refs[-1]], refs[:-1]
+    def get(self, ref):
+        if ref[2][0].seed in self.dies: raise self.exceptions.RayError('the worker died unexpectedly')
+        return ref[1](*ref[2])
+    def cancel(self, ref, force): self.cancelled.append(ref[2][0].seed)
+
+
+@pytest.mark.parametrize('jobs,gpus', [(2, 0), (None, 0), (3, 8)])
+def test_ray_worker_that_always_dies(path, monkeypatch, jobs, gpus):
+    ray = FakeRay(dies=[1], gpus=gpus)
+    monkeypatch.setitem(sys.modules, 'ray', ray)
+    monkeypatch.setattr(study, 'run', lambda r, device=None: made(r))
+    with pytest.warns(UserWarning, match='RayError: the worker died'): df = run_all(grid(SIN, seed=range(6)), path, jobs, 'ray', device='cpu')
+    assert [s == 'ok' for s in df.status] == [True, False, True, True, True, True] and not ray.cancelled
+    assert ray.most == (jobs or 6) and {o[1] for o in ray.started} == {'cpu'}
+    assert ray.options['num_gpus'] == bool(gpus) and ray.options['num_cpus'] == 1 and ray.options['max_retries'] > 0
+
+
+def test_ray_interrupted(path, monkeypatch):
+    ray = FakeRay()
+    def run(r, device=None):
+        if r.seed == 3: raise KeyboardInterrupt
+        return made(r)
+    monkeypatch.setitem(sys.modules, 'ray', ray)
+    monkeypatch.setattr(study, 'run', run)
+    with pytest.raises(KeyboardInterrupt): run_all(grid(SIN, seed=range(6)), path, 2, 'ray')
+    assert len(load_rows(path)) == len(ray.started) - 1 - len(ray.cancelled) and len(ray.cancelled) == 2
+
+
+def free_ports(n):
+    sockets = [socket.socket() for _ in range(n)]
+    for s in sockets: s.bind(('', 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets: s.close()
+    return ports
+
+
+@pytest.fixture(scope='module')
+def ray_head(tmp_path_factory):
+    "A cluster of two workers on this machine, started as an administrator would, and RAY_ADDRESS set to it"
+    if importlib.util.find_spec('ray') is None: pytest.skip("Ray is not installed: pip install 'gradreg[ray]'")
+    port, *agents = free_ports(5)
+    env = dict(RAY_ADDRESS=f'127.0.0.1:{port}', RAY_AUTH_MODE='token', RAY_AUTH_TOKEN=uuid.uuid4().hex, RAY_raylet_start_wait_time_s='180')
+    log = tmp_path_factory.mktemp('ray')/'head.log'
+    temp = tempfile.mkdtemp(prefix='ray', dir='/tmp')  # short: Ray's sockets lie in it
+    # with given ports the node does not wait, 15 seconds at most, for its agents to name theirs: ray-project/ray#65983
+    names = 'dashboard-agent-listen-port', 'dashboard-agent-grpc-port', 'metrics-export-port', 'runtime-env-agent-port'
+    command = [str(Path(sys.executable).with_name('ray')), 'start', '--head', '--block', '--num-cpus=2', '--num-gpus=0', f'--port={port}',
+               *(f'--{k}={v}' for k, v in zip(names, agents)), '--include-dashboard=false', '--include-log-monitor=false', '--disable-usage-stats',
+               '--object-store-memory=80000000', f'--temp-dir={temp}']
+    with open(log, 'w') as f: head = subprocess.Popen(command, env={**os.environ, **env}, stdout=f, stderr=f, start_new_session=True)
+    try:
+        wait_for(lambda: 'Ray runtime started' in log.read_text() or head.poll() is not None, 180)
+        assert head.poll() is None, log.read_text()[-3000:]
+        with pytest.MonkeyPatch.context() as m:
+            for k, v in env.items(): m.setenv(k, v)
+            yield psutil.Process(head.pid)
+            import ray
+            ray.shutdown()
+    finally:
+        kids = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
+        head.terminate()
+        head.wait(60)
+        wait_for(lambda: gone(kids))
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def test_ray(ray_head, path, monkeypatch):
+    "A small grid, and a worker killed in the middle of its run costs nothing but that run's time"
+    long = replace(SIN, iters=2000, seed=9)
+    runs = [long, *grid(SIN, seed=range(4)), replace(DIGITS, n_train=55)]
+    killed = []
+    def kill():
+        wait_for(lambda: len(load_rows(path)) == 5, 180)  # all but the long one
+        worker, = [o for o in ray_head.children(recursive=True) if (o.cmdline() or [''])[0].startswith('ray::_task')]
+        worker.kill()
+        killed.append(worker.pid)
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    with pytest.warns(UserWarning, match='n_train=55'): df = run_all(runs, path, jobs=2, backend='ray')
+    killer.join(10)
+    assert len(killed) == 1
+    assert df.status[:5].tolist() == ['ok']*5 and df.status[5].startswith('ValueError: n_train=55') and df.seed.tolist() == [9, 0, 1, 2, 3, 0]
+    for i in (1, 2): assert metrics(run(runs[i])) == metrics(df.iloc[i])
+    monkeypatch.setattr(study, '_on_ray', refuse)
+    monkeypatch.setitem(study._backends, 'ray', refuse)
+    pd.testing.assert_frame_equal(run_all(runs[:5], path, jobs=2, backend='ray'), df[:5], check_dtype=False)
