@@ -10,7 +10,7 @@ install: .venv/installed ## create .venv and install the package with its develo
 
 .venv/installed: settings.ini setup.py
 	python3 -m venv .venv
-	$(PY) -m pip install -q -e '.[dev]'
+	$(PY) -m pip install -q -e '.[dev,ray]'
 	touch $@
 
 export: install ## notebooks -> gradreg/*.py and README.md, then clean the notebooks' metadata

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'list_studies', 'show', 'run', 'main']
 
-# %% ../nbs/22_cli.ipynb #9f546e63
-import base64, os, sys
+# %% ../nbs/22_cli.ipynb #11aa2a63
+import asyncio, base64, os, signal, sys
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from fastcore.script import anno_parser
@@ -46,7 +47,7 @@ def show(
     import nbformat
     print('\n\n'.join(_texts(nbformat.read(_study(study), 4))))
 
-# %% ../nbs/22_cli.ipynb #6159e9e5
+# %% ../nbs/22_cli.ipynb #24114b54
 _style = """body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
 table{border-collapse:collapse;font-size:.85rem;margin:1rem 0;display:block;overflow-x:auto}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right}
 th:first-child{text-align:left}pre{overflow-x:auto;background:#f6f6f6;padding:.6rem;font-size:.8rem}blockquote{border-left:3px solid #bbb;margin-left:0;padding-left:1rem;color:#555}
@@ -60,23 +61,37 @@ def _page(nb, title):
             f'<title>{escape(title)}</title><style>{_style}</style></head><body>{body}</body></html>')
 
 def _execute(nb, folder):
-    "Run all cells; what they write to stderr, such as progress bars, goes to the terminal instead of the notebook."
+    "Run all cells; what they write to stderr, such as progress bars, goes to the terminal instead of the notebook. Ctrl-C goes to the running cell."
     from nbclient import NotebookClient
     class Client(NotebookClient):
+        stopped,running = None,False
+        def stop(self): self.stopped = asyncio.ensure_future(self.km.interrupt_kernel()) if self.running else True
+        async def async_start_new_kernel(self, **kwargs):
+            for sig in signal.SIGINT, signal.SIGTERM: # nbclient's own handler kills the kernel, and then trips over that
+                with suppress(NotImplementedError, RuntimeError): asyncio.get_running_loop().add_signal_handler(sig, self.stop)
+            return await super().async_start_new_kernel(**kwargs)
+        async def async_execute_cell(self, *args, **kwargs):
+            if self.stopped: raise RuntimeError('stopped between two cells')
+            self.running = True
+            return await super().async_execute_cell(*args, **kwargs)
         def process_message(self, msg, cell, cell_index):
             if msg['msg_type'] == 'stream' and msg['content']['name'] == 'stderr':
                 print(msg['content']['text'], end='', file=sys.stderr, flush=True)
                 return None
             return super().process_message(msg, cell, cell_index)
-    Client(nb, timeout=None, kernel_name='python3', extra_arguments=['--log-level=ERROR'], resources={'metadata': {'path': str(folder)}}).execute()
+    client = Client(nb, timeout=None, kernel_name='python3', extra_arguments=['--log-level=ERROR'], resources={'metadata': {'path': str(folder)}})
+    try: client.execute()
+    except Exception:
+        if client.stopped: raise KeyboardInterrupt from None
+        raise
 
 def run(
     study:str,  # name of a study, see `gradreg list`
     out:str=''  # folder for rows, figures and page; nbs/studies/out/STUDY if not given
 ):
     "Run a study: train what its result file lacks, print the tables, write figures and a page."
-    import nbformat
     path = _study(study)
+    import nbformat
     out = Path(out or path.parent/'out'/study).resolve()
     out.mkdir(parents=True, exist_ok=True)
     os.environ.update(GRADREG_RESULTS=str(out), PYTHONWARNINGS='ignore')

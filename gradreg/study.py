@@ -6,9 +6,10 @@
 __all__ = ['PROTOCOL', 'REGULARIZERS', 'Run', 'grid', 'Iterations', 'HalfSumLoss', 'run', 'append_row', 'results', 'load_rows',
            'run_all', 'summarize', 'compare', 'tune']
 
-# %% ../nbs/20_study.ipynb #d36da775
+# %% ../nbs/20_study.ipynb #d1574276
 import csv, io, itertools, math, os, platform, resource, subprocess, tempfile, time, warnings
 from collections.abc import Iterable
+from contextlib import closing
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
@@ -21,7 +22,7 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from filelock import FileLock
-from joblib import Parallel, delayed, parallel_config
+from joblib import Parallel, cpu_count, delayed, parallel_config
 from scipy import stats
 from torch import nn
 from tqdm import tqdm
@@ -29,7 +30,7 @@ from . import callbacks, models, penalties
 from .data import image_dls, load_arrays, sin_dls
 from .measures import accuracy, between, jac_norms, noise_like
 
-# %% ../nbs/20_study.ipynb #1d09628a
+# %% ../nbs/20_study.ipynb #72544aed
 PROTOCOL = 1  # raise it when a change of `run` or of the data makes old rows incomparable
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ class Run:
 def _cast(f, value):
     "The value of a field as the field's type, or an error that says what is wrong with it."
     kind,low = type(f.default),1 if f.name in ('n_train', 'n_valid', 'every', 'bs', 'iters') else 0
-    try: cast = kind(value)
-    except (TypeError, ValueError, OverflowError): cast = None
-    if cast is None or cast != value or kind in (int, float) and not (math.isfinite(cast) and cast >= low):
+    try: cast,same = kind(value),bool(kind(value) == value)
+    except (TypeError, ValueError, OverflowError): same = False
+    if not same or kind in (int, float) and not (math.isfinite(cast) and cast >= low):
         wanted = {str: 'a name', bool: 'True or False', int: f'a whole number, at least {low}', float: 'a finite number, at least 0'}[kind]
         raise ValueError(f"{f.name}={value!r}: must be {wanted}")
     return cast + 0. if kind is float else cast  # -0.0 becomes 0.0
@@ -156,7 +157,7 @@ def _slopes(model, train, test, seed):
     points = dict(train=_some(train), test=_some(test), between=between(train, 64, seed=seed), noise=noise_like(train, 64, seed=seed))
     return {f'jac_{k}': jac_norms(model, x).mean().item() for k, x in points.items()}
 
-# %% ../nbs/20_study.ipynb #37637089
+# %% ../nbs/20_study.ipynb #efb2fcb2
 class HalfSumLoss(nn.Module):
     "Half the sum of squared errors over the batch, the authors' loss on SIN: bs/2 times the mean squared error."
     def __init__(self,
@@ -185,6 +186,7 @@ def run(
     torch.set_num_threads(1)  # best throughput for small networks, and the same sums in the same order everywhere
     try:
         learn = _learner(r, device)
+        if learn.dls.device.type == 'cuda': torch.cuda.reset_peak_memory_stats(learn.dls.device)
         learn.fit(math.ceil(r.iters/len(learn.dls.train)), r.lr)
         model,(train,valid,test) = learn.model,[dl.dataset for dl in learn.dls.loaders]
         scores = {name: _score(model, ds) for name,ds in (('test', test), ('valid', valid), ('train', train))}
@@ -195,7 +197,7 @@ def run(
                     **pens, seconds=time.perf_counter() - start, peak_mb=_peak_mb(learn.dls.device), **_machine(learn.dls.device))
     finally: torch.set_num_threads(threads)
 
-# %% ../nbs/20_study.ipynb #7b024682
+# %% ../nbs/20_study.ipynb #accbd26f
 def _read(path):
     "The rows of a result file as dicts of strings; a last line without its end, from some broken copy, does not count."
     text = path.read_text(encoding='utf-8') if path.exists() else ''
@@ -205,7 +207,7 @@ def _read(path):
 def _key(row):
     blank = lambda f: row.get(f.name) in (None, '')  # a column that is younger than the row
     return tuple(str(f.default if blank(f) else row[f.name]) for f in fields(Run))
-def _is_done(row): return row['status'] in ('ok', 'diverged')
+def _is_done(row): return row.get('status') in ('ok', 'diverged')
 
 def append_row(
     path, # the csv file; made if it does not exist
@@ -224,6 +226,8 @@ def append_row(
                 out = csv.DictWriter(f, list(dict.fromkeys(k for o in rows for k in o)), lineterminator='\n')
                 out.writeheader()
                 out.writerows(rows)
+                f.flush()
+                os.fsync(f.fileno())
             os.chmod(tmp, 0o644)
             os.replace(tmp, path)
         finally: Path(tmp).unlink(missing_ok=True)
@@ -238,7 +242,9 @@ def load_rows(
     path # the csv file
 )->pd.DataFrame: # a row per run, numbers as numbers
     "The rows of a result file; an empty table if there is none yet."
-    rows = _read(Path(path))
+    return _table(_read(Path(path)))
+
+def _table(rows):
     text = {'status', 'commit', 'data', 'model', 'probe', 'opt', 'device', 'python', 'torch', 'fastai'}
     df = pd.DataFrame(rows, columns=list(rows[0]) if rows else [f.name for f in fields(Run)] + ['status'])
     return df.apply(lambda col: col if col.name in text else _parsed(col)) if rows else df
@@ -249,57 +255,95 @@ def _parsed(col):
     try: return pd.to_numeric(col)
     except ValueError: return col
 
-# %% ../nbs/20_study.ipynb #13aa9bce
+# %% ../nbs/20_study.ipynb #cd22037f
 def _cost(r):
     "Estimated work of a run, in plain steps (measured on LeNet-5: chapter Callbacks)."
     projected = bool(r.double_back) + bool(r.spect_reg)
     return r.iters*(1 + (projected + 9*(bool(r.jac_reg) + bool(r.frob_reg)))/r.every)
 
-def _task(r, device):
+def _failed(r, e): return dict(asdict(r), status=f'{type(e).__name__}: {" ".join(str(e).split())[:300]}')
+
+def _task(r, device, owner=None):
+    if owner not in (None, os.getpid(), os.getppid()): os._exit(1)  # the process that wanted this was killed
     try: return r,run(r, device)
-    except Exception as e: return r,dict(asdict(r), status=f'{type(e).__name__}: {" ".join(str(e).split())[:300]}')
+    except Exception as e: return r,_failed(r, e)
 
 def _smoke(runs, path):
     "With GRADREG_SMOKE set: two seeds of two steps each, into a temporary file, so that a test walks the whole path in seconds."
     seeds = sorted({r.seed for r in runs})[:2]
     return [replace(r, iters=2) for r in runs if r.seed in seeds],Path(tempfile.gettempdir())/f'gradreg-smoke-{os.getpid()}'/Path(path).name
 
-def run_all(
-    runs,           # Runs
-    path,           # result file, csv; made if it does not exist
-    jobs=None,      # runs at a time; None: one for each GPU, or without GPUs one for each core
-    backend='loky', # joblib's: 'loky' (processes of this machine) or 'ray' (a cluster; needs `pip install 'ray[default]'`)
-    device=None     # where to train; fastai's default device if None
-)->pd.DataFrame: # the rows of these runs
-    "Train the runs that the file does not hold yet and return the rows of all. Can be interrupted and started again at any time."
-    if jobs is not None and jobs < 1: raise ValueError(f"jobs={jobs}: must be at least 1, or None for one per GPU or core")
-    if backend not in ('loky', 'ray'): raise ValueError(f"backend={backend!r}: choose 'loky' (this machine) or 'ray' (a cluster)")
-    if os.environ.get('GRADREG_SMOKE'): (runs,path),jobs = _smoke(runs, path),1
-    path,runs = Path(path),list(dict.fromkeys(runs))
-    if backend == 'ray':
-        from ray.util.joblib import register_ray
-        register_ray()
-    for attempt in range(3):  # a worker that is killed breaks the pool; what it took along is run again
-        known = {_key(o) for o in _read(path) if _is_done(o)}
-        todo = [r for r in runs if _key(asdict(r)) not in known]
-        try: _train(todo, path, jobs or torch.cuda.device_count() or os.cpu_count(), backend, device)
-        except BrokenProcessPool:
-            if attempt == 2: raise
-        else: break
-    row_of = {_key(o): i for i,o in enumerate(_read(path))}
-    df = load_rows(path).iloc[[row_of[_key(asdict(r))] for r in runs]]
-    for o in df[~df.status.isin(['ok', 'diverged'])].itertuples(): warnings.warn(f'a run failed and will be tried again next time: {o.status}')
-    return df.reset_index(drop=True)
+def _missing(runs, path):
+    known = {_key(o) for o in _read(path) if _is_done(o)}
+    return [r for r in runs if _key(asdict(r)) not in known]
+
+# %% ../nbs/20_study.ipynb #94e88ea5
+def _on_processes(todo, jobs, device):
+    "(Run, row) as each ends, from processes of this machine; several GPUs take turns."
+    n = torch.cuda.device_count() if device is None and jobs > 1 else 0
+    devices = itertools.cycle([f'cuda:{i}' for i in range(n)] or [device])
+    with parallel_config(**(dict(backend='loky', inner_max_num_threads=1) if jobs > 1 else dict(backend='sequential'))):
+        parallel = Parallel(n_jobs=jobs, batch_size=1, return_as='generator_unordered')  # a batch would come back, and be lost, as one
+    yield from parallel(delayed(_task)(r, d, os.getpid()) for r,d in zip(todo, devices))
+
+def _on_ray(todo, jobs, device):
+    "(Run, row) as each ends, from a Ray cluster: the one RAY_ADDRESS names, or one that runs here, or a new one. One GPU per run where there are GPUs."
+    try: import ray  # here: an extra, and slow to import
+    except ImportError as e: raise ImportError("backend='ray' needs Ray: pip install 'gradreg[ray]'") from e
+    if not ray.is_initialized(): ray.init(log_to_driver=False)
+    task = ray.remote(num_cpus=1, num_gpus=min(1, ray.cluster_resources().get('GPU', 0)), max_retries=3)(_task)  # retried if its worker dies
+    waiting,flying = iter(todo),{}
+    def start(n): flying.update((task.remote(r, device), r) for r in itertools.islice(waiting, n))
+    try:
+        start(jobs or len(todo))
+        while flying:
+            (ref,),_ = ray.wait(list(flying))
+            r = flying.pop(ref)
+            start(1)
+            try: yield ray.get(ref)
+            except ray.exceptions.RayError as e: yield r,_failed(r, e)
+    finally:
+        for ref in flying: ray.cancel(ref, force=True)
+
+_backends = {'loky': _on_processes, 'ray': _on_ray}
 
 def _train(todo, path, jobs, backend, device):
     if not todo: return
     form = '{desc} {percentage:3.0f}%|{bar:30}| {elapsed} elapsed, {remaining} left{postfix}'
     with tqdm(total=sum(map(_cost, todo)), desc=f'{path.stem}: {len(todo)} runs', bar_format=form, smoothing=.1) as bar, \
-         parallel_config(backend if jobs > 1 or backend == 'ray' else 'sequential', **(dict(inner_max_num_threads=1) if backend == 'loky' and jobs > 1 else {})):
-        for i,(r,row) in enumerate(Parallel(n_jobs=jobs, return_as='generator_unordered')(delayed(_task)(r, device) for r in todo), 1):
+         closing(_backends[backend](todo, jobs, device)) as rows:
+        for i,(r,row) in enumerate(rows, 1):
             append_row(path, row)
             bar.set_postfix_str(f', {i} done', refresh=False)
             bar.update(_cost(r))
+
+# %% ../nbs/20_study.ipynb #2de726df
+def _train_all(todo, path, jobs, backend, device):
+    "Train although workers get killed."
+    try: _train(todo, path, jobs, backend, device)
+    except BrokenProcessPool as e:
+        if len(todo) == 1: return append_row(path, _failed(todo[0], e))
+        left = _missing(todo, path)
+        for part in (left[jobs:], *([r] for r in left[:jobs])): _train_all(part, path, jobs, backend, device)
+
+def run_all(
+    runs,           # Runs
+    path,           # result file, csv; made if it does not exist
+    jobs=None,      # runs at a time; None: one for each GPU, or without GPUs one for each core; on Ray as many as fit
+    backend='loky', # 'loky' (processes of this machine) or 'ray' (a cluster; needs `pip install 'gradreg[ray]'`)
+    device=None     # where to train; fastai's default device if None
+)->pd.DataFrame: # the rows of these runs, in their order
+    "Train the runs that the file does not hold yet and return the rows of all. Can be interrupted and started again at any time."
+    if backend not in _backends: raise ValueError(f"backend={backend!r}: choose 'loky' (this machine) or 'ray' (a cluster)")
+    if jobs is not None and jobs < 1: raise ValueError(f"jobs={jobs}: must be at least 1, or None for one per GPU or core")
+    if os.environ.get('GRADREG_SMOKE'): (runs,path),jobs,backend = _smoke(runs, path),1,'loky'
+    if jobs is None and backend == 'loky': jobs = torch.cuda.device_count() or cpu_count()
+    path,runs = Path(path),list(dict.fromkeys(runs))
+    _train_all(_missing(runs, path), path, jobs, backend, device)
+    row_of = {_key(o): o for o in _read(path)}
+    df = _table([row_of[_key(asdict(r))] for r in runs])
+    for status in df.status[~df.status.isin(['ok', 'diverged'])]: warnings.warn(f'a run failed and will be tried again next time: {status}')
+    return df
 
 # %% ../nbs/20_study.ipynb #dda1c524
 def _half_width(sd, n): return sd/n**.5*stats.t.ppf(.975, n - 1)
