@@ -144,7 +144,7 @@ def test_run(repo, capsys):
     "Two of three rows are there already: they stay, the third is trained, and all that comes out is in one folder"
     source, folder = (repo/'nbs/studies/51_tiny.ipynb').read_bytes(), repo/'nbs/studies/out/tiny'
     for r in grid(Run(data='sin', model='mlp', n_train=50, n_valid=50, bs=25, iters=2), seed=range(2)):
-        append_row(folder/'tiny.csv', {**asdict(r), 'status': 'ok', 'test': 123})
+        append_row(folder/'tiny.csv', {**asdict(r), 'status': 'ok', 'test': 123}, asdict(Run()))
     assert cli.main(['run', 'tiny']) == 0
     out, err = capsys.readouterr()
     assert sorted(p.name for p in folder.iterdir() if p.suffix != '.lock') == ['51_tiny.ipynb', 'tiny-1.png', 'tiny.csv', 'tiny.html']

@@ -9,7 +9,7 @@ chapters = {m[2]: int(m[1]) for p in (root/'nbs').glob('*.ipynb') if (m := re.ma
 modules = sorted(p for p in (root/'gradreg').glob('*.py') if not p.stem.startswith('_'))
 each_module = pytest.mark.parametrize('path', modules, ids=lambda p: p.stem)
 may_import_fastai = {'data', 'callbacks', 'measures', 'study'}
-ceilings = {'data': 420, 'study': 400}  # longer than a room should be: these numbers may fall, never rise
+ceilings = {'data': 420, 'study': 320}  # longer than a room should be: these numbers may fall, never rise
 
 def parse(path): return ast.parse(path.read_text(encoding='utf-8'))
 
@@ -29,6 +29,7 @@ def faults(importer, names):
         if top == 'gradreg' and not chapters.get(room, 99) < chapters[importer]: yield f'{importer} imports {name}: it may only look down'
         if top == 'gradreg' and importer == 'plots': yield f'plots imports {name}: it knows tables, not runs'
         if top == 'fastai' and importer not in may_import_fastai: yield f'{importer} imports {name}: only {sorted(may_import_fastai)} may'
+        if top in ('torch', 'fastai', 'fastcore') and importer == 'tables': yield f'{importer} imports {name}: it knows rows, not networks'
         if top in ('fastai', 'fastcore') and importer in ('jacobians', 'penalties', 'models'): yield f'{importer} imports {name}: torch is enough'
 
 def test_every_module_has_a_chapter(): assert {p.stem for p in modules} == set(chapters)
@@ -39,7 +40,7 @@ def test_imports_point_down(path): assert not list(faults(path.stem, imports(ast
 
 @pytest.mark.parametrize('importer,source', [
     ('penalties', 'from gradreg.callbacks import SpectReg'), ('penalties', 'from .penalties import sphere'), ('jacobians', 'import gradreg.penalties'),
-    ('callbacks', 'def f():\n    from . import study'), ('plots', 'from .jacobians import vjp'), ('models', 'import fastcore.basics as b'),
+    ('callbacks', 'def f():\n    from . import study'), ('plots', 'from .jacobians import vjp'), ('tables', 'import torch'), ('models', 'import fastcore.basics as b'),
     ('cli', 'from fastai.learner import Learner'), ('study', 'from gradreg import no_such_room')])
 def test_a_wrong_import_is_seen(importer, source): assert list(faults(importer, imports(ast.walk(ast.parse(source)))))
 

@@ -1,4 +1,4 @@
-"What a reader of chapter 20_study need not see: bad values, interrupted, killed and concurrent sweeps, a real Ray, independent oracles"
+"What a reader of chapter 20_study need not see: bad values, interrupted, killed and concurrent sweeps, a real Ray"
 import importlib.util, math, multiprocessing, os, random, shutil, signal, socket, subprocess, sys, tempfile, threading, time, uuid, warnings
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
@@ -11,13 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from joblib.externals.loky.backend.context import set_start_method
-from scipy import stats
 from torch import nn
 
 from gradreg import callbacks, penalties, study
 from gradreg.data import image_dls, sin_dls
 from gradreg.models import lenet5, mlp
-from gradreg.study import Run, append_row, compare, grid, load_rows, results, run, run_all, summarize, tune
+from gradreg.study import Run, append_row, grid, load_rows, run, run_all, tune
 
 DIGITS = Run(data='digits', n_train=50, n_valid=50, bs=25, iters=4)
 SIN = Run(data='sin', model='mlp', n_train=50, n_valid=50, bs=25, iters=4)  # trains in milliseconds
@@ -37,6 +36,9 @@ def metrics(row): return {k: row[k] for k in METRICS}
 
 
 def made(r, **kwargs): return {**asdict(r), 'status': 'ok', 'test': .5, 'valid': .5, 'train': .5, **kwargs}
+
+
+def append(path, row): append_row(path, row, asdict(Run()))
 
 
 def refuse(*args, **kwargs): raise AssertionError('nothing should be trained here')
@@ -209,114 +211,30 @@ def test_without_git(monkeypatch):
     finally: study._commit.cache_clear()
 
 
-# rows
+# rows: what tables keeps, with the fields of Run as their key
 
-def test_rows_round_trip(path):
-    rng = np.random.default_rng(0)
-    numbers = rng.integers(0, 2**63, 400, dtype=np.uint64).view(np.float64)
-    rows = [made(replace(SIN, seed=i, lr=float(abs(x))), test=float(x), valid=np.float32(i)/3, commit='12e4')
-            for i, x in enumerate(numbers[np.isfinite(numbers)][:12])]
-    for o in rows: append_row(path, o)
+def test_rows_are_runs(path):
+    for i in range(3): append(path, made(replace(SIN, seed=i, lr=.1**i, bn=i == 2), commit='12e4'))
     df = load_rows(path)
-    assert df.test.tolist() == [o['test'] for o in rows] and df.lr.tolist() == [o['lr'] for o in rows]
-    assert df.valid.astype(np.float32).tolist() == [o['valid'] for o in rows]
-    assert set(df.commit) == {'12e4'} and df.bn.dtype == bool and df.seed.dtype.kind == 'i' and not df.bn.any()
-    assert [Run(**{f.name: getattr(o, f.name) for f in fields(Run)}) for o in df.itertuples()] == [replace(SIN, seed=o['seed'], lr=o['lr']) for o in rows]
+    assert df.bn.dtype == bool and df.seed.dtype.kind == 'i' and set(df.commit) == {'12e4'}
+    assert [Run(**{f.name: getattr(o, f.name) for f in fields(Run)}) for o in df.itertuples()] == [replace(SIN, seed=i, lr=.1**i, bn=i == 2) for i in range(3)]
 
 
-def test_strange_values_round_trip(path):
-    append_row(path, made(SIN, test=math.nan, valid=math.inf, status='ValueError: "a, b"; ü'))
-    append_row(path, made(replace(SIN, seed=1), test=-0., status='diverged', note='text'))
-    df = load_rows(path)
-    assert math.isnan(df.test[0]) and df.valid[0] == math.inf and df.status[0] == 'ValueError: "a, b"; ü' and df.note[1] == 'text'
-
-
-def test_new_columns_and_old_rows(path):
-    old = {k: v for k, v in made(SIN).items() if k not in ('bn', 'every')}  # from a version without these fields
-    append_row(path, old)
-    append_row(path, made(replace(SIN, seed=1, bn=True), extra=3))
-    df = load_rows(path)
-    assert len(df) == 2 and math.isnan(df.extra[0]) and df.extra[1] == 3 and df.bn[1] is True
-    assert run_all([SIN], path).seed.tolist() == [0]  # a blank means the default
-    append_row(path, made(SIN, test=.9))
+def test_old_rows_mean_the_defaults(path, monkeypatch):
+    append(path, {k: v for k, v in made(SIN).items() if k not in ('bn', 'every')})  # from a version without these fields
+    append(path, made(replace(SIN, seed=1, bn=True)))
+    monkeypatch.setattr(study, 'run', refuse)
+    assert run_all([SIN], path).seed.tolist() == [0]
+    append(path, made(SIN, test=.9))
     assert load_rows(path).test.tolist() == [.5, .5]
 
 
-def test_no_two_runs_share_a_key():
+def test_no_two_runs_share_a_row(path, monkeypatch):
     "Not even where a field is zero and its default is not"
     rs = [Run(), Run(lr=0), Run(protocol=0), Run(seed=1), Run(data='sin'), Run(bn=True), Run(lr=1e-3 + 1e-18), Run(wd=1e-300)]
-    assert len({study._key(asdict(r)) for r in rs}) == len(rs)
-    for r in rs: assert study._key({k: str(v) for k, v in asdict(r).items()}) == study._key(asdict(r))  # as the file has it
-
-
-def test_duplicates_and_failed_rows(path):
-    append_row(path, made(SIN, status='ValueError: no'))
-    append_row(path, made(replace(SIN, seed=1)))
-    append_row(path, made(SIN, status='OSError: again no'))
-    assert load_rows(path).status.tolist() == ['ok', 'OSError: again no']
-    append_row(path, made(SIN, test=.7))
-    append_row(path, made(SIN, test=.8))
-    append_row(path, made(SIN, status='OSError: late'))  # what is done stays
-    df = load_rows(path)
-    assert df.seed.tolist() == [1, 0] and df.test.tolist() == [.5, .7] and set(df.status) == {'ok'}
-
-
-@pytest.mark.parametrize('broken', ['digits,lenet5,10', 'x'*5000, '"', 'sin,mlp,"ok'])
-def test_half_written_line_is_mended(path, broken):
-    append_row(path, made(SIN))
-    whole = path.read_text()
-    path.write_text(whole + broken)
-    assert len(load_rows(path)) == 1
-    append_row(path, made(replace(SIN, seed=1)))
-    assert path.read_text().startswith(whole) and load_rows(path).seed.tolist() == [0, 1] and broken not in path.read_text()
-
-
-@pytest.mark.parametrize('cut', [1, 2, 30, 60])
-def test_truncated_file(path, cut):
-    for i in range(3): append_row(path, made(replace(SIN, seed=i)))
-    path.write_bytes(path.read_bytes()[:-cut])
-    assert load_rows(path).seed.tolist() == [0, 1]
-    append_row(path, made(replace(SIN, seed=2)))
-    assert load_rows(path).seed.tolist() == [0, 1, 2]
-
-
-def test_short_and_long_lines(path):
-    "Lines that some other hand broke do not count as done and stop nothing"
-    append_row(path, made(SIN))
-    with open(path, 'a') as f: f.write('sin,mlp\n' + path.read_text().splitlines()[1].replace('sin', 'cos') + ',7,8\n')
-    append_row(path, made(replace(SIN, seed=1)))
-    df = load_rows(path)
-    assert df[df.data == 'sin'].status.eq('ok').sum() == 2 and df.test.dropna().eq(.5).all()
-
-
-@pytest.mark.parametrize('content', [None, '', 'data,model,sta', 'data,model,status\n'])
-def test_no_rows_yet(path, content):
-    if content is not None: path.write_text(content)
-    df = load_rows(path)
-    assert len(df) == 0 and {'seed', 'status'} <= set(df) or content == 'data,model,status\n' and len(df) == 0
-    append_row(path, made(SIN))
-    assert load_rows(path).seed.tolist() == [0]
-
-
-def test_full_disk(path, monkeypatch):
-    append_row(path, made(SIN))
-    before = path.read_bytes()
-    def full(*args): raise OSError(28, 'No space left on device')
-    with monkeypatch.context() as m, pytest.raises(OSError, match='No space'):
-        m.setattr(os, 'replace', full)
-        append_row(path, made(replace(SIN, seed=1)))
-    assert path.read_bytes() == before and not list(path.parent.glob('.*tmp'))
-    append_row(path, made(replace(SIN, seed=1)))
-    assert len(load_rows(path)) == 2
-
-
-def test_folder_and_results(tmp_path, monkeypatch):
-    append_row(tmp_path/'a'/'b'/'rows.csv', made(SIN))
-    assert len(load_rows(tmp_path/'a'/'b'/'rows.csv')) == 1
-    monkeypatch.setenv('GRADREG_RESULTS', str(tmp_path))
-    assert results('x') == tmp_path/'x.csv'
-    monkeypatch.setenv('GRADREG_RESULTS', '')
-    assert results('x') == Path('results/x.csv')
+    for i, r in enumerate(rs): append(path, made(r, test=float(i)))
+    monkeypatch.setattr(study, 'run', refuse)
+    assert run_all(rs[::-1], path).test.tolist() == [*range(len(rs))][::-1]
 
 
 # processes: forked ones start at once; one test below starts everything from nothing
@@ -371,7 +289,7 @@ def slow_sweep(runs, path, original=study.run):
 def complete(path, runs):
     "All rows are there, none twice, and each is what training gives"
     df = load_rows(path)
-    assert sorted(map(study._key, study._read(path))) == sorted(study._key(asdict(r)) for r in runs)
+    assert len(df) == len(runs) == len(load_rows(path, asdict(Run()), map(asdict, runs)))
     assert df.status.eq('ok').all() and df.test.notna().all()
     return df
 
@@ -385,22 +303,6 @@ def trained(monkeypatch):
         return original(r, device)
     monkeypatch.setattr(study, 'run', spy)
     return seen
-
-
-def test_two_writers(path):
-    start = _fork.Event()
-    def write(me):
-        start.wait()
-        for i in range(20): append_row(path, made(replace(SIN, seed=100*me + i), who=me))
-        for i in range(5): append_row(path, made(replace(SIN, seed=1000 + i), who=me))  # both want these
-    ps, seen = [forked(write, me) for me in (1, 2)], [0]
-    start.set()
-    while any(p.is_alive() for p in ps): seen.append(len(load_rows(path)))  # never broken, never shorter
-    for p in ps: ends(p)
-    df = load_rows(path)
-    assert sorted(df.seed) == [*range(100, 120), *range(200, 220), *range(1000, 1005)] and seen == sorted(seen)
-    assert df[df.seed < 1000].who.tolist() == (df[df.seed < 1000].seed//100).tolist()
-    assert not list(path.parent.glob('.*tmp'))
 
 
 def test_two_sweeps_on_one_file(path):
@@ -492,7 +394,7 @@ def test_each_row_is_written_at_once(path):
         return made(r, ended=time.time())
     def sweep():
         late, original = [], study.append_row
-        def spy(path, row): late.append(time.time() - row['ended']); return original(path, row)
+        def spy(path, row, key): late.append(time.time() - row['ended']); return original(path, row, key)
         study.run, study.append_row = run, spy
         run_all(grid(SIN, seed=range(44)), path, jobs=2)
         assert len(late) == 44 and max(late) < .5, late
@@ -522,7 +424,7 @@ def test_killed_in_the_middle(path, trained):
 
 def test_complete_file_trains_nothing(path, monkeypatch):
     runs = grid(SIN, seed=range(3))
-    for r in runs: append_row(path, made(r))
+    for r in runs: append(path, made(r))
     before = path.read_bytes()
     monkeypatch.setattr(study, 'run', refuse)
     monkeypatch.setattr(study, 'Parallel', refuse)
@@ -531,7 +433,7 @@ def test_complete_file_trains_nothing(path, monkeypatch):
 
 
 def test_only_what_was_asked_for(path, trained):
-    for i in range(3): append_row(path, made(replace(SIN, seed=i, wd=.5)))
+    for i in range(3): append(path, made(replace(SIN, seed=i, wd=.5)))
     df = run_all([replace(SIN, seed=7), replace(SIN, seed=1, wd=.5)], path, jobs=1)
     assert df.seed.tolist() == [7, 1] and trained == [replace(SIN, seed=7)] and len(load_rows(path)) == 4
 
@@ -569,7 +471,7 @@ def test_bad_ways_to_run(path, kwargs, words):
 
 
 def test_smoke(path, monkeypatch, trained, tmp_path):
-    append_row(path, made(SIN))
+    append(path, made(SIN))
     before = path.read_bytes()
     monkeypatch.setenv('GRADREG_SMOKE', '1')
     monkeypatch.setattr(study.tempfile, 'gettempdir', lambda: str(tmp_path/'elsewhere'))
@@ -608,65 +510,12 @@ def test_cost():
     assert cost() < cost(spect_reg=1) < cost(spect_reg=1, double_back=1) < cost(frob_reg=1) and cost(spect_reg=1, every=4) < cost(spect_reg=1)
 
 
-# reading a table
-
-def table(seed=0, n=6):
-    rng = np.random.default_rng(seed)
-    level = rng.normal(size=n)
-    return pd.DataFrame([dict(method=m, bn=m == 'c', seed=s, test=level[s] + g + .3*rng.normal(), valid=rng.normal())
-                         for m, g in (('b', .4), ('a', 0), ('c', -.2)) for s in rng.permutation(n)])
-
-
-def test_summarize_against_scipy():
-    df = table()
-    out = summarize(df, 'method')
-    assert out.index.tolist() == ['b', 'a', 'c'] and out.n.tolist() == [6]*3
-    for m, o in out.iterrows():
-        x = df[df.method == m].test
-        lo, hi = stats.t.interval(.95, len(x) - 1, loc=np.mean(x), scale=stats.sem(x))
-        assert np.allclose([o['mean'], o['sd'], o['mean'] - o.ci95, o['mean'] + o.ci95], [np.mean(x), np.std(x, ddof=1), lo, hi])
-    two = summarize(df, ['method', 'bn'], 'valid')
-    assert two.index.tolist() == [('b', False), ('a', False), ('c', True)]
-    assert np.allclose(two['mean'], [df[df.method == m].valid.mean() for m in 'bac'])
-    assert summarize(df[:1], 'method')[['sd', 'ci95']].isna().all(axis=None)
-    df.loc[df.method == 'a', 'test'] = [math.nan, *range(5)]  # a row without the metric does not count
-    assert summarize(df, 'method').loc['a', ['n', 'mean']].tolist() == [5, 2]
-
-
-def test_compare_against_scipy():
-    df = table()
-    out = compare(df, 'method', 'a')
-    by_seed = {m: df[df.method == m].sort_values('seed').test.to_numpy() for m in 'abc'}
-    for m in 'bc':
-        d, t = by_seed[m] - by_seed['a'], stats.ttest_rel(by_seed[m], by_seed['a'])
-        lo, hi = t.confidence_interval(.95)
-        assert np.allclose(out.loc[m, ['diff', 'p']].astype(float), [d.mean(), t.pvalue])
-        assert np.allclose([out['diff'][m] - out.diff_ci95[m], out['diff'][m] + out.diff_ci95[m]], [lo, hi])
-    assert out.loc['a', ['diff', 'diff_ci95', 'p']].isna().all() and np.allclose(out[['n', 'mean', 'sd', 'ci95']], summarize(df, 'method'))
-    assert np.allclose(compare(df, 'method', 'a', 'valid')['mean'], [df[df.method == m].valid.mean() for m in 'bac'])
-
-
-def test_compare_pairs_the_seeds_that_both_have():
-    df = table(n=8)
-    df = df[~((df.method == 'b') & df.seed.isin([0, 1])) & ~((df.method == 'a') & (df.seed == 7))]
-    x = {m: df[(df.method == m) & df.seed.between(2, 6)].sort_values('seed').test.to_numpy() for m in 'ab'}
-    out = compare(df, 'method', 'a')
-    assert out.p['b'] == pytest.approx(stats.ttest_rel(x['b'], x['a']).pvalue) and out.n['b'] == 6
-
-
-def test_compare_edges():
-    df = table()
-    assert compare(df, 'bn', False).loc[True, 'n'] == 6 and np.isfinite(compare(df[df.method != 'b'], 'bn', False).p[True])
-    same = pd.concat([df[df.method == 'a'], df[df.method == 'a'].assign(method='twin')])
-    assert compare(same, 'method', 'a').loc['twin', 'diff'] == 0 and math.isnan(compare(same, 'method', 'a').p['twin'])
-    assert math.isnan(compare(df[df.method == 'a'], 'method', 'a')['mean'].get('b', math.nan))
-    with pytest.raises(ValueError, match="method='z'.*'b'"): compare(df, 'method', 'z')
-
+# tuning
 
 def test_tune_by_validation_only(path, monkeypatch):
     monkeypatch.setattr(study, 'run', refuse)
     for r in grid(DIGITS, spect_reg=[.1, .01, 1.], seed=range(3)):  # on test points .01 and 1 are far better
-        append_row(path, made(r, valid={.1: .9, .01: .89, 1.: .5}[r.spect_reg] + .01*r.seed, test=1 - r.spect_reg if r.spect_reg != .1 else 0.))
+        append(path, made(r, valid={.1: .9, .01: .89, 1.: .5}[r.spect_reg] + .01*r.seed, test=1 - r.spect_reg if r.spect_reg != .1 else 0.))
     assert tune(DIGITS, path, spect_reg=[.01, .1, 1.]) == replace(DIGITS, spect_reg=.1)
     assert tune(DIGITS, path, spect_reg=[.01, 1.]) == replace(DIGITS, spect_reg=.01)
     df = load_rows(path).drop(columns=['test'])
@@ -679,7 +528,7 @@ def test_tune_averages_over_seeds_and_takes_the_smaller_error(path, monkeypatch)
     valid = {.1: [1., 1., 9.], .2: [3., 3., 3.], .4: [math.nan]*3, .8: [0., 0., 0.]}
     status = {.4: 'diverged', .8: 'diverged'}  # a diverged run's numbers do not count
     for r in grid(SIN, spect_reg=valid, seed=range(3)):
-        append_row(path, made(r, valid=valid[r.spect_reg][r.seed], test=r.spect_reg, status=status.get(r.spect_reg, 'ok')))
+        append(path, made(r, valid=valid[r.spect_reg][r.seed], test=r.spect_reg, status=status.get(r.spect_reg, 'ok')))
     assert tune(SIN, path, spect_reg=list(valid)) == replace(SIN, spect_reg=.2)
     assert tune(SIN, path, seeds=range(2), spect_reg=list(valid)) == replace(SIN, spect_reg=.1)
     with pytest.raises(ValueError, match='none of the runs'): tune(SIN, path, spect_reg=[.4, .8])
