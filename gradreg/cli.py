@@ -203,15 +203,15 @@ def tune(
     if not isinstance(getattr(base, str(method), None), float): raise ValueError(f"--method {method}: choose {', '.join(study.REGULARIZERS)}, wd or p_drop")
     if not lams: raise ValueError('--lams: say which strengths to choose from, such as --lams .01,.03,.1')
     axes,seeds = {method: lams},range(options.pop('seeds'))
+    runs = study.grid(base, **axes, seed=seeds)
     if base.data != 'sin' and not find_arrays(base.data): load_arrays(base.data) # an unknown name fails here, a download is not made by each worker
-    rows = study.run_all(study.grid(base, **axes, seed=seeds), results, **options)
+    rows = study.run_all(runs, results, **options)
     if not (rows.status == 'ok').any(): raise ValueError(f'no run came to its end: the column status of {results} says why')
     best = getattr(study.tune(base, results, seeds, **options, **axes), method) # reads, as all is trained by now
     table = study.summarize(rows[rows.status == 'ok'], method, 'valid').rename(index='{:g}'.format).round(4)
-    what = 'mean squared error' if base.data == 'sin' else 'accuracy'
-    print(f'{base.data}, {base.model}, {base.n_train:,} training points, {base.iters:,} steps: {what} on {base.n_valid:,} validation points\n\n{table}')
-    edge = len(lams) > 1 and best in (min(lams), max(lams))
-    print(f"\nbest: {method} = {best:g}{', at the edge of the list: try further ones' if edge else ''}\n{results}")
+    print(f"{base.data}, {base.model}, {base.n_train:,} training points, {base.iters:,} steps: {'mean squared error' if base.data == 'sin' else 'accuracy'} "
+          f"on {base.n_valid:,} validation points\n\n{table}\n\nbest: {method} = {best:g}"
+          + ', at the edge of the list: try further ones'*(len(lams) > 1 and best in (min(lams), max(lams))) + f'\n{results}')
 
 # %% ../nbs/22_cli.ipynb #20ff2b74
 COMMANDS = {'list': list_studies, 'show': show, 'run': run, 'data': data, 'tune': tune}

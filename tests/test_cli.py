@@ -176,7 +176,7 @@ def test_help_of_each_command(capsys, name):
     assert e.value.code == 0 and f'gradreg {name}' in out and ' '.join(cli.COMMANDS[name].__doc__.split()) in ' '.join(out.split())
 
 
-@pytest.mark.parametrize('args', [['run'], ['show'], ['run', 'a', 'b', 'c'], ['run', 'old', '--lamda', '3'], ['run', 'old', '--jobs', 'two'], ['data'], ['tune', '--lams', '.1,x'], ['tune', '--seed', '3']])
+@pytest.mark.parametrize('args', [['run'], ['show'], ['run', 'a', 'b', 'c'], ['run', 'old', '--lamda', '3'], ['run', 'old', '--jobs', 'two'], ['data'], ['tune', '--lams', '.1,x'], ['tune', '--protocol', '3']])
 def test_wrong_arguments(capsys, args):
     with pytest.raises(SystemExit) as e: cli.main(args)
     assert e.value.code == 2 and 'usage: gradreg' in capsys.readouterr().err
@@ -202,14 +202,14 @@ def assert_self_contained(page):
     assert '@import' not in page and 'url(' not in page
 
 
-def stored(path, n, test=123):
+def pretend(path, n, test=123):
     for r in grid(TINY, seed=range(n)): append_row(path, {**asdict(r), 'status': 'ok', 'test': test})
 
 
 def test_run(repo, capsys):
     "Two of three rows are there already: they stay, the third is trained, and all that comes out is in one folder"
     source, folder = (repo/'nbs/studies/51_tiny.ipynb').read_bytes(), repo/'nbs/studies/out/tiny'
-    stored(folder/'tiny.csv', 2)
+    pretend(folder/'tiny.csv', 2)
     assert cli.main(['run', 'tiny', '--results', 'nbs/studies/out/tiny']) == 0
     out, err = capsys.readouterr()
     assert sorted(p.name for p in folder.iterdir() if p.suffix != '.lock') == ['51_tiny.ipynb', 'tiny-1.png', 'tiny.csv', 'tiny.html']
@@ -233,7 +233,7 @@ def test_run(repo, capsys):
 def test_repository_results_or_own(repo, capsys):
     "Without --results the repository's rows are used and extended; with it a run starts from zero, and again trains nothing"
     own, theirs = repo/'mine'/'tiny.csv', repo/'nbs/studies/results/tiny.csv'
-    stored(theirs, 3)
+    pretend(theirs, 3)
     before = theirs.read_bytes()
     assert cli.main(['run', 'tiny']) == 0
     out, err = capsys.readouterr()
@@ -424,17 +424,17 @@ def slow(r, device):
 study.run = slow
 rows = run_all(grid({axes}), results('grid'), jobs=1)
 print('seeds', *rows.seed)""")
-    file, end = repo/'nbs/studies/results/grid.csv', time.monotonic() + 120
+    file, end = repo/'nbs/studies/results/grid.csv', time.monotonic() + 300
     p = subprocess.Popen([GRADREG, 'run', 'grid'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not (repo/'nbs/studies/waited').exists():
         assert p.poll() is None and time.monotonic() < end
         time.sleep(.1)
     kept = file.read_text()
     os.killpg(p.pid, signal.SIGINT)
-    try: out, err = p.communicate(timeout=120)
+    try: out, err = p.communicate(timeout=300)
     finally: p.kill()
     assert p.returncode == 130 and not out and 'left, , 2 done' in err and 'goes on from here' in err and 'Traceback' not in err
     assert load_rows(file).seed.tolist() == [0, 1] and file.read_text() == kept
-    done = subprocess.run([GRADREG, 'run', 'grid'], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([GRADREG, 'run', 'grid'], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and 'seeds 0 1 2 3' in done.stdout and 'grid: 2 runs' in done.stderr and str(file) in done.stdout
     assert load_rows(file).seed.tolist() == [0, 1, 2, 3] and file.read_text().startswith(kept)
