@@ -27,7 +27,7 @@ test-latest: ## the installed package alone, with the newest fastai and fastcore
 	cd tests && ../.venv-latest/bin/python -m pytest -q -p no:cacheprovider test_latest.py
 
 study: install ## the first study: train, compare, write figures and a page (about three minutes)
-	.venv/bin/gradreg run digits
+	.venv/bin/gradreg run digits --results nbs/studies/out/digits
 
 lab: install ## JupyterLab on the book
 	.venv/bin/jupyter lab nbs

@@ -372,8 +372,9 @@ def tune(
 )->Run: # `base` with the best values
     "The run with the best mean validation metric over the seeds; the test set plays no part (paper, section 4)."
     df = run_all(grid(base, **axes, seed=seeds), path, jobs, backend, device)
-    ok = df[df.status == 'ok'].groupby(list(axes)).valid.agg(['count', 'mean'])
+    ok = df[df.status == 'ok']
     if ok.empty: raise ValueError(f"none of the runs of {axes} came to an end: see the column status of {path}")
+    ok = ok.groupby(list(axes)).valid.agg(['count', 'mean'])
     mean = ok['mean'][ok['count'] == ok['count'].max()]  # a strength that diverged with some seeds is no choice
     best = mean.idxmin() if base.data == 'sin' else mean.idxmax()
     return replace(base, **dict(zip(axes, best if isinstance(best, tuple) else (best,))))

@@ -1,20 +1,23 @@
 "What a reader of chapter 22_cli need not see: each command on a small repository of its own, errors, exit codes, the page, Ctrl-C"
-import math, os, signal, subprocess, sys, time
-from dataclasses import asdict
+import json, math, os, re, signal, subprocess, sys, time
+from dataclasses import asdict, fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from gradreg import cli
+from gradreg import cli, data as gdata, study
 from gradreg.study import Run, append_row, grid, load_rows
 
+ROOT = Path(__file__).resolve().parents[1]
 GRADREG = Path(sys.executable).with_name('gradreg')
 PNG = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
 
+TINY = Run(data='sin', model='mlp', n_train=50, n_valid=50, bs=25, iters=2)
 STUDY = ["""#| hide
 import sys, matplotlib.pyplot as plt
 from gradreg.study import Run, grid, results, run_all""",
@@ -36,9 +39,7 @@ def notebook(path, title, *cells, outputs=()):
 @pytest.fixture
 def repo(tmp_path, monkeypatch):
     "A repository with studies, in which one stands"
-    for k in ('GRADREG_RESULTS', 'GRADREG_SMOKE', 'PYTHONWARNINGS'):  # `run` sets some of them: here they come and go
-        monkeypatch.setenv(k, '')
-        monkeypatch.delenv(k)
+    for k in [k for k in os.environ if k.startswith('GRADREG_')]: monkeypatch.delenv(k)
     studies = tmp_path/'nbs'/'studies'
     notebook(studies/'51_tiny.ipynb', 'Do three runs & a picture work?', *STUDY)
     notebook(studies/'40_old.ipynb', 'Is it stored?', 'pass', outputs=[
@@ -70,6 +71,33 @@ def test_show(repo, capsys):
     assert (repo/'nbs/studies/40_old.ipynb').read_bytes() == before and not (repo/'nbs/studies/out').exists()
 
 
+def test_show_without_outputs(repo, capsys):
+    assert cli.main(['show', 'tiny']) == 0
+    out = capsys.readouterr().out
+    assert '51_tiny.ipynb holds no tables yet' in out and 'gradreg run tiny' in out
+
+
+def test_show_wraps_sentences_and_takes_text_as_lines(repo, capsys):
+    notebook(repo/'nbs/studies/41_long.ipynb', 'Long?', 'pass')
+    nb = json.loads((repo/'nbs/studies/41_long.ipynb').read_text())
+    table = ['a'.rjust(120) + '\n', '1'.rjust(120)]
+    nb['cells'][-1]['outputs'] = [dict(output_type='stream', name='stdout', text=['word '*50 + '\n', '\n', 'end\n']),
+                                  dict(output_type='execute_result', data={'text/plain': table}), dict(output_type='display_data', data={'text/markdown': '**so**', 'text/plain': '<object>'})]
+    (repo/'nbs/studies/41_long.ipynb').write_text(json.dumps(nb))
+    assert cli.main(['show', 'long']) == 0
+    out = capsys.readouterr().out
+    assert out.split() == ['word']*50 + ['end', 'a', '1', '**so**'] and ''.join(table) in out and '\n\nend\n' in out
+    assert max(map(len, out.splitlines())) <= 160
+
+
+@pytest.mark.parametrize('name', sorted(re.sub(r'^\d+_', '', p.stem) for p in (ROOT/'nbs/studies').glob('[0-9]*.ipynb')))
+def test_the_books_own_tables_fit(name, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert cli.main(['show', name]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 5 and max(map(len, lines)) <= 160
+
+
 @pytest.mark.parametrize('command', ['show', 'run'])
 def test_unknown_study(repo, capsys, command):
     assert cli.main([command, 'tinny']) == 2
@@ -96,7 +124,41 @@ def test_notebook_that_is_none(repo, capsys):
 
 def test_without_jupyter(repo, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, 'nbclient', None)
-    assert cli.main(['run', 'old']) == 2 and 'nbclient' in one_line(capsys.readouterr().err)
+    assert cli.main(['run', 'old']) == 2 and 'pip install nbclient' in one_line(capsys.readouterr().err)
+    for name in 'nbconvert', 'nbformat', 'ipykernel': monkeypatch.setitem(sys.modules, name, None)
+    assert cli.main(['list']) == 0 == cli.main(['show', 'old'])  # reading needs none of them
+
+
+@pytest.mark.parametrize('args,said', [
+    (['--jobs', '0'], '--jobs 0: must be at least 1'), (['--seeds', '-1'], '--seeds -1: must be at least 1'), (['--backend', 'dask'], '--backend dask: choose loky'),
+    (['--device', 'abacus'], '--device abacus: '), (['--data', 'no/where'], 'no/where: is not a folder'), (['--out', 'nbs/studies'], 'no notebook is ever overwritten')])
+def test_wrong_options(repo, capsys, monkeypatch, args, said):
+    monkeypatch.setattr(cli, '_execute', lambda *_: pytest.fail('a kernel was started'))
+    before = {p: p.read_bytes() for p in repo.rglob('*.ipynb')}
+    assert cli.main(['run', 'old', *args]) == 2 and said in one_line(capsys.readouterr().err)
+    assert {p: p.read_bytes() for p in repo.rglob('*')if p.is_file()} == before
+
+
+ENV = "import os; print(*(f'{k}={v}' for k, v in sorted(os.environ.items()) if k.startswith('GRADREG_')), sep='\\n')"
+
+
+def kernels_variables(capsys, *args):
+    assert cli.main(['run', 'env', *args]) == 0
+    return [o for o in capsys.readouterr().out.splitlines() if o.startswith('GRADREG_')]
+
+
+def test_options_reach_the_kernel(repo, capsys, monkeypatch):
+    notebook(repo/'nbs/studies/55_env.ipynb', 'Which?', ENV)
+    (repo/'my data').mkdir()
+    outer = dict(os.environ)
+    assert kernels_variables(capsys) == []
+    got = kernels_variables(capsys, '--seeds', '3', '--jobs', '2', '--backend', 'ray', '--device', 'cuda:7', '--data', 'my data', '--results', 'mine')
+    assert got == ['GRADREG_BACKEND=ray', f"GRADREG_DATA={repo/'my data'}", 'GRADREG_DEVICE=cuda:7', 'GRADREG_JOBS=2', f"GRADREG_RESULTS={repo/'mine'}", 'GRADREG_SEEDS=3']
+    assert dict(os.environ) == outer  # what one call is told, the next does not know
+    monkeypatch.setenv('GRADREG_JOBS', '5')
+    monkeypatch.setenv('GRADREG_DATA', 'my data')  # a relative path means the same to the kernel, which runs elsewhere
+    assert kernels_variables(capsys, '--seeds', '4') == [f"GRADREG_DATA={repo/'my data'}", 'GRADREG_JOBS=5', 'GRADREG_SEEDS=4']
+    assert kernels_variables(capsys, '--jobs', '1')[1] == 'GRADREG_JOBS=1'
 
 
 @pytest.mark.parametrize('args,code', [([], 0), (['--help'], 0), (['-h'], 0), (['rum', 'tiny'], 2)])
@@ -104,7 +166,7 @@ def test_usage(capsys, args, code):
     assert cli.main(args) == code
     out, err = capsys.readouterr()
     for name in cli.COMMANDS: assert f'\n  {name} ' in (err if code else out)
-    assert not (out if code else err)
+    assert not (out if code else err) and ('rum' in err) == bool(code)
 
 
 @pytest.mark.parametrize('name', list(cli.COMMANDS))
@@ -114,7 +176,7 @@ def test_help_of_each_command(capsys, name):
     assert e.value.code == 0 and f'gradreg {name}' in out and ' '.join(cli.COMMANDS[name].__doc__.split()) in ' '.join(out.split())
 
 
-@pytest.mark.parametrize('args', [['run'], ['show'], ['run', 'a', 'b', 'c'], ['run', 'old', '--lamda', '3']])
+@pytest.mark.parametrize('args', [['run'], ['show'], ['run', 'a', 'b', 'c'], ['run', 'old', '--lamda', '3'], ['run', 'old', '--jobs', 'two'], ['data'], ['tune', '--lams', '.1,x'], ['tune', '--protocol', '3']])
 def test_wrong_arguments(capsys, args):
     with pytest.raises(SystemExit) as e: cli.main(args)
     assert e.value.code == 2 and 'usage: gradreg' in capsys.readouterr().err
@@ -140,18 +202,21 @@ def assert_self_contained(page):
     assert '@import' not in page and 'url(' not in page
 
 
+def pretend(path, n, test=123):
+    for r in grid(TINY, seed=range(n)): append_row(path, {**asdict(r), 'status': 'ok', 'test': test}, asdict(Run()))
+
+
 def test_run(repo, capsys):
     "Two of three rows are there already: they stay, the third is trained, and all that comes out is in one folder"
     source, folder = (repo/'nbs/studies/51_tiny.ipynb').read_bytes(), repo/'nbs/studies/out/tiny'
-    for r in grid(Run(data='sin', model='mlp', n_train=50, n_valid=50, bs=25, iters=2), seed=range(2)):
-        append_row(folder/'tiny.csv', {**asdict(r), 'status': 'ok', 'test': 123}, asdict(Run()))
-    assert cli.main(['run', 'tiny']) == 0
+    pretend(folder/'tiny.csv', 2)
+    assert cli.main(['run', 'tiny', '--results', 'nbs/studies/out/tiny']) == 0
     out, err = capsys.readouterr()
     assert sorted(p.name for p in folder.iterdir() if p.suffix != '.lock') == ['51_tiny.ipynb', 'tiny-1.png', 'tiny.csv', 'tiny.html']
     df = load_rows(folder/'tiny.csv')
     assert df.seed.tolist() == [0, 1, 2] and df.test[:2].tolist() == [123, 123] and 0 < df.test[2] < 2 and math.isnan(df.valid[0])
     assert 'sin     0  123.0' in out and 'All 3 runs are there & < 4.' in out and '<Figure' not in out
-    assert out.split()[-3:] == [str(folder/o) for o in ('tiny.csv', 'tiny-1.png', 'tiny.html')]
+    assert out.split()[-3:] == [str(folder/o) for o in ('51_tiny.ipynb', 'tiny-1.png', 'tiny.html')] and out.split()[-4] == str(folder/'tiny.csv')
     assert 'a progress bar' in err and '1 done' in err and 'Traceback' not in err
     assert (folder/'tiny-1.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
     page = (folder/'tiny.html').read_text(encoding='utf-8')
@@ -165,26 +230,47 @@ def test_run(repo, capsys):
     assert (repo/'nbs/studies/51_tiny.ipynb').read_bytes() == source and not (repo/'nbs/studies/results').exists()
 
 
-RERUN = """import os; from pathlib import Path
-file = Path(os.environ['GRADREG_RESULTS'])/'rerun.csv'
-if not file.exists(): file.write_text('trained'); print('training')
-else: print('found')"""
+def test_repository_results_or_own(repo, capsys):
+    "Without --results the repository's rows are used and extended; with it a run starts from zero, and again trains nothing"
+    own, theirs = repo/'mine'/'tiny.csv', repo/'nbs/studies/results/tiny.csv'
+    pretend(theirs, 3)
+    before = theirs.read_bytes()
+    assert cli.main(['run', 'tiny']) == 0
+    out, err = capsys.readouterr()
+    assert '123' in out and 'done' not in err and 'tiny.csv' not in out and theirs.read_bytes() == before
+    assert cli.main(['run', 'tiny', '--results', 'mine', '--out', 'page']) == 0
+    out, err = capsys.readouterr()
+    assert '123' not in out and '3 done' in err and str(own) in out and theirs.read_bytes() == before
+    assert len(load_rows(own)) == 3 and (repo/'page/tiny.html').exists() and not (repo/'mine/tiny.html').exists()
+    before = own.read_bytes()
+    assert cli.main(['run', 'tiny', '--results', 'mine', '--out', 'page']) == 0
+    out, err = capsys.readouterr()
+    assert 'done' not in err and str(own) not in out and own.read_bytes() == before
 
 
-def test_run_again(repo, capsys):
-    notebook(repo/'nbs/studies/54_rerun.ipynb', 'Again?', RERUN)
-    for out, words in (('', 'training'), ('', 'found'), ('else where', 'training'), ('else where', 'found')):
-        assert cli.main(['run', 'rerun', *(['--out', out] if out else [])]) == 0
-        assert capsys.readouterr().out.split('\n')[0] == words
-    assert (repo/'else where'/'rerun.html').exists() and (repo/'nbs/studies/out/rerun/rerun.html').exists()
+def test_failed_runs_are_told(repo, capsys):
+    notebook(repo/'nbs/studies/56_bad.ipynb', 'Bad?', 'import warnings\nfrom gradreg.study import Run, results, run_all',
+             "warnings.warn('of no interest')\nrun_all([Run(data='sin', model='lenet5')], results('bad'), jobs=1).status")
+    assert cli.main(['run', 'bad']) == 0
+    err = capsys.readouterr().err
+    assert 'a run failed' in err and 'choose lenet5' in err and 'no interest' not in err
 
 
 def test_failing_cell(repo, capsys):
     folder = repo/'deep'/'down'
     assert cli.main(['run', 'broken', '--out', str(folder)]) == 1
     out, err = capsys.readouterr()
-    assert "KeyError" in err and 'no such key' in err and 'nbclient' not in err and 'cli.py' not in err
-    assert err.startswith('gradreg: ') and folder.is_dir() and not (folder/'broken.html').exists()
+    assert err.splitlines() == ["gradreg: 52_broken.ipynb: cell 4 failed with KeyError: 'no such key'", f"As far as it came: {folder/'52_broken.ipynb'}"]
+    cells = nbformat.read(folder/'52_broken.ipynb', 4).cells
+    assert cells[2].outputs[0].text == 'so far 42\n' and 'Traceback' in ''.join(cells[3].outputs[0].traceback)
+    assert not out and not (folder/'broken.html').exists()
+
+
+def test_dying_kernel(repo, capsys):
+    notebook(repo/'nbs/studies/57_dies.ipynb', 'Dies?', 'import os, signal; os.kill(os.getpid(), signal.SIGKILL)')
+    assert cli.main(['run', 'dies']) == 1
+    err = capsys.readouterr().err
+    assert err.startswith('gradreg: 57_dies.ipynb: its kernel died') and 'Traceback' not in err
 
 
 def test_page_escapes(repo):
@@ -199,11 +285,113 @@ def test_console_script(repo):
     assert done.returncode == 2 and not done.stdout and 'nothing' in one_line(done.stderr)
 
 
-def test_light_start():
-    "Help and listing do not wait for torch"
-    code = "import sys, gradreg.cli; sys.exit(', '.join({'torch', 'fastai', 'nbconvert', 'pandas'} & set(sys.modules)) or None)"
+@pytest.mark.parametrize('args', [['--help'], ['list'], ['run', '--help'], ['show', 'old']])
+def test_light_start(repo, args):
+    "Help and listing do not wait for torch, nor for Jupyter"
+    code = f"""if True:
+        import sys
+        from gradreg.cli import main
+        try: main({args})
+        except SystemExit: pass
+        print(*{{'torch', 'fastai', 'numpy', 'pandas', 'nbclient', 'nbconvert', 'nbformat'}} & set(sys.modules), file=sys.stderr)"""
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stdout and not done.stderr.strip()
+
+
+def npz(folder, name='mine', **arrays):
+    x, y = np.arange(12*4*5*3, dtype=np.uint8).reshape(12, 4, 5, 3), np.array([0]*5 + [1]*7)
+    folder.mkdir(exist_ok=True)
+    np.savez(folder/f'{name}.npz', **{**dict(x_train=x, y_train=y, x_test=x[:3], y_test=y[:3], classes=['cat', 'dog']), **arrays})
+    return x
+
+
+def test_data(repo, capsys, monkeypatch):
+    x = npz(repo/'sets').astype(float)
+    monkeypatch.setenv('GRADREG_DATA', str(repo/'sets'))
+    assert cli.main(['data', 'mine']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"mine: {repo/'sets/mine.npz'}" and lines[3].split(maxsplit=1) == ['classes', '2: cat, dog']
+    assert '12 images of 4x5x3, 0.0 MB, 5 to 7 per class' in lines[1] and '3 images of 4x5x3, 0.0 MB, 0 to 3 per class' in lines[2]
+    for line, stat in (lines[4], x.mean((0, 1, 2))), (lines[5], x.std((0, 1, 2))): assert ' '.join(f'{o:.2f}' for o in stat) in line
+
+
+def test_data_where_it_is_from(repo, capsys, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(repo/'cache'))
+    assert cli.main(['data', 'digits']) == 0 and capsys.readouterr().out.startswith('digits: made just now, in no file\n')
+    assert cli.main(['data', 'sin']) == 0 and 'sin_dls' in capsys.readouterr().out
+    def download(name):
+        npz(repo/'cache', 'other')
+        (repo/'cache/gradreg').mkdir()
+        (repo/'cache/other.npz').rename(repo/'cache/gradreg/mnist.npz')
+        return gdata._read_npz(repo/'cache/gradreg/mnist.npz')
+    monkeypatch.setattr(gdata, '_download', download)
+    for end in ', downloaded just now', '':
+        assert cli.main(['data', 'mnist']) == 0 and capsys.readouterr().out.splitlines()[0] == f"mnist: {repo/'cache/gradreg/mnist.npz'}{end}"
+
+
+@pytest.mark.parametrize('name,said', [('mnits', 'Did you mean mnist'), ('../up', 'is not a name'), ('broken', 'x_train is float64')])
+def test_data_errors(repo, capsys, monkeypatch, name, said):
+    npz(repo/'sets', 'broken', x_train=np.zeros((12, 4, 5, 3)))
+    monkeypatch.setenv('GRADREG_DATA', str(repo/'sets'))
+    assert cli.main(['data', name]) == 2 and said in one_line(capsys.readouterr().err)
+
+
+def tuned(r):
+    "A row whose validation metric depends on strength and seed; with a test metric that would choose otherwise"
+    valid = {.1: .5, .2: .7, .3: .6}[r.spect_reg] + r.seed/100
+    return {**asdict(r), 'status': 'ok', 'valid': valid, 'test': 9876 - valid}
+
+
+TUNE = ['tune', '--method', 'spect_reg', '--lams', '.1,.2,.3', '--n_train', '20', '--bs', '10', '--iters', '2', '--n_valid', '50', '--data']
+
+
+@pytest.mark.parametrize('data,best', [('digits', '0.2'), ('sin', '0.1, at the edge of the list: try further ones')])
+def test_tune(repo, capsys, data, best):
+    model = 'mlp' if data == 'sin' else 'lenet5'
+    runs = grid(Run(data=data, model=model, n_train=20, bs=10, iters=2, n_valid=50), spect_reg=[.1, .2, .3], seed=range(2))
+    for r in runs: append_row('own/rows.csv', tuned(r), asdict(Run()))
+    assert cli.main([*TUNE, data, '--model', model, '--seeds', '2', '--results', 'own/rows.csv', '--jobs', '1']) == 0
+    out, err = capsys.readouterr()
+    rows = [o.split() for o in out.splitlines() if o.startswith('0.')]
+    assert [o[:3] for o in rows] == [['0.1', '2', '0.505'], ['0.2', '2', '0.705'], ['0.3', '2', '0.605']] and rows[0][3] == '0.0071'
+    assert f'best: spect_reg = {best}\n' in out and out.endswith('own/rows.csv\n') and '98' not in out and not err
+
+
+def test_tune_trains_and_trains_once(repo, capsys):
+    args = ['tune', '--method=wd', '--lams=0,.01', '--data', 'sin', '--model', 'mlp', '--n-train', '20', '--bs', '10', '--iters', '2', '--n_valid', '50', '--seeds', '1', '--jobs', '1']
+    assert cli.main(args) == 0
+    out, err = capsys.readouterr()
+    assert '2 done' in err and 'best: wd = 0' in out and load_rows('tune.csv').n_train.tolist() == [20, 20]
+    assert cli.main(args) == 0 and capsys.readouterr() == (out, '')
+
+
+def test_every_field_of_run_is_an_option_of_tune(repo, capsys, monkeypatch):
+    other = {str: lambda v: f'{v}x', int: lambda v: v + 1, float: lambda v: v + .5, bool: lambda v: True}
+    names = [f for f in fields(Run) if f.name not in ('seed', 'protocol', 'spect_reg', 'data')]
+    want = replace(Run(data='digits'), **{f.name: other[f.type](f.default) for f in names})
+    args = [a for f in names for a in ([f'--{f.name}'] if f.type is bool else [f'--{f.name}', str(getattr(want, f.name))])]
+    def run_all(runs, path, **options):
+        assert [replace(r, seed=0) for r in runs] == [replace(want, spect_reg=o) for o in (.1, .2) for _ in range(2)] and [r.seed for r in runs] == [0, 1, 0, 1]
+        assert path == 'tune.csv' and options == dict(jobs=4, backend='ray', device='cuda:7')
+        raise OSError('seen')
+    monkeypatch.setattr(study, 'run_all', run_all)
+    assert cli.main(['tune', '--method', 'spect_reg', '--lams', '.1,.2', '--seeds', '2', '--jobs', '4', '--backend', 'ray', '--device', 'cuda:7', '--data', 'digits', *args]) == 2
+    assert capsys.readouterr().err == 'gradreg: seen\n'
+
+
+@pytest.mark.parametrize('args,said', [
+    (['--lams', '.1'], '--method None: choose double_back, '), (['--method', 'probe', '--lams', '.1'], '--method probe: choose'), (['--method', 'spect_reg'], '--lams: say which'),
+    (['--method', 'wd', '--lams', 'nan'], 'wd=nan: must be a finite number'), (['--method', 'wd', '--lams', '0', '--data', 'mnits'], 'Did you mean mnist'),
+    (['--method', 'wd', '--lams', '0', '--seeds', '0'], '--seeds 0: must be at least 1'), (['--method', 'wd', '--lams', '0', '--bs', '0'], 'bs=0: must be')])
+def test_tune_errors(repo, capsys, args, said):
+    assert cli.main(['tune', *args]) == 2 and said in one_line(capsys.readouterr().err)
+    assert not Path('tune.csv').exists()
+
+
+def test_tune_says_why_runs_failed(repo, capsys):
+    assert cli.main(['tune', '--method', 'wd', '--lams', '0', '--data', 'digits', '--n_train', '15', '--iters', '2', '--seeds', '1', '--jobs', '1']) == 2
+    *_, reason, end = capsys.readouterr().err.splitlines()
+    assert 'multiple of the 10 classes' in reason and end == 'gradreg: no run came to its end: the column status of tune.csv says why'
 
 
 @pytest.mark.parametrize('when,sig', [('a cell runs', signal.SIGINT), ('the kernel starts', signal.SIGTERM)])
@@ -222,3 +410,31 @@ def test_ctrl_c(repo, when, sig):
     while not all(not o.is_running() or o.status() == 'zombie' for o in kernel):  # none is left behind
         assert time.monotonic() < end
         time.sleep(.1)
+
+
+def test_interrupted_and_resumed(repo):
+    "Ctrl-C in the middle of a grid: what had ended is kept, the same command trains the rest and shows all"
+    axes = "Run(data='sin', model='mlp', n_train=50, n_valid=50, bs=25, iters=20), seed=range(4)"
+    notebook(repo/'nbs/studies/58_grid.ipynb', 'Grid?', 'import os, time\nfrom gradreg import study\nfrom gradreg.study import Run, grid, results, run_all',
+             # the third run waits until it is interrupted, the first time
+             f"""train = study.run
+def slow(r, device):
+    if r.seed == 2 and not os.path.exists('waited'): open('waited', 'w').close(); time.sleep(300)
+    return train(r, device)
+study.run = slow
+rows = run_all(grid({axes}), results('grid'), jobs=1)
+print('seeds', *rows.seed)""")
+    file, end = repo/'nbs/studies/results/grid.csv', time.monotonic() + 300
+    p = subprocess.Popen([GRADREG, 'run', 'grid'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (repo/'nbs/studies/waited').exists():
+        assert p.poll() is None and time.monotonic() < end
+        time.sleep(.1)
+    kept = file.read_text()
+    os.killpg(p.pid, signal.SIGINT)
+    try: out, err = p.communicate(timeout=300)
+    finally: p.kill()
+    assert p.returncode == 130 and not out and 'left, , 2 done' in err and 'goes on from here' in err and 'Traceback' not in err
+    assert load_rows(file).seed.tolist() == [0, 1] and file.read_text() == kept
+    done = subprocess.run([GRADREG, 'run', 'grid'], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and 'seeds 0 1 2 3' in done.stdout and 'grid: 2 runs' in done.stderr and str(file) in done.stdout
+    assert load_rows(file).seed.tolist() == [0, 1, 2, 3] and file.read_text().startswith(kept)
