@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PROTOCOL', 'REGULARIZERS', 'Run', 'grid', 'Iterations', 'Trace', 'halvings', 'HalfSumLoss', 'train', 'run', 'run_all',
-           'tune', 'append_row', 'compare', 'load_rows', 'results', 'summarize']
+           'tune', 'readable', 'append_row', 'compare', 'load_rows', 'results', 'summarize']
 
 # %% ../nbs/20_study.ipynb #d1574276
-import itertools, math, os, platform, resource, subprocess, tempfile, time, warnings
+import itertools, math, os, platform, resource, subprocess, time, warnings
 from collections.abc import Iterable
 from contextlib import closing, contextmanager
 from concurrent.futures.process import BrokenProcessPool
@@ -268,10 +268,12 @@ def _task(r, device, owner=None):
     try: return r,run(r, device)
     except Exception as e: return r,_failed(r, e)
 
-def _smoke(runs, path):
-    "With GRADREG_SMOKE set: two seeds of two steps each, into a temporary file, so that a test walks the whole path in seconds."
+def _smoke(runs):
+    "With GRADREG_SMOKE set: two seeds of two steps each on data that need no download, so that a test walks the whole path in seconds."
     seeds = sorted({r.seed for r in runs})[:2]
-    return [replace(r, iters=2) for r in runs if r.seed in seeds],Path(tempfile.gettempdir())/f'gradreg-smoke-{os.getpid()}'/Path(path).name
+    def small(r): return replace(r, iters=2) if r.data in ('sin', 'digits') else replace(
+        r, iters=2, data='digits', model='lenet5', n_train=10*max(1, r.n_train//500), n_valid=100, bs=10)
+    return [small(r) for r in runs if r.seed in seeds]
 
 def _rows(runs, path): return load_rows(path, _KEY, map(asdict, runs))
 
@@ -329,20 +331,31 @@ def _train_all(todo, path, jobs, backend, device):
         left = _missing(todo, path)
         for part in (left[jobs:], *([r] for r in left[:jobs])): _train_all(part, path, jobs, backend, device)
 
+def _asked(jobs, backend, device):
+    "What the call leaves open as the environment has it, or else by default."
+    jobs,backend,device = (os.environ.get(f'GRADREG_{k}') if v is None else v for k,v in (('JOBS', jobs), ('BACKEND', backend), ('DEVICE', device)))
+    if jobs is not None and not (str(jobs).isdigit()): raise ValueError(f"jobs={jobs}: must be a whole number from 0 up, or None for one per GPU or core")
+    if backend not in (None, *_backends): raise ValueError(f"backend={backend!r}: choose 'loky' (this machine) or 'ray' (a cluster)")
+    if jobs is None and backend != 'ray': jobs = torch.cuda.device_count() or cpu_count()
+    return None if jobs is None else int(jobs),backend or 'loky',device or None
+
+def _chosen(runs):
+    "The runs with seeds below GRADREG_SEEDS, where that is set; each once."
+    n = os.environ.get('GRADREG_SEEDS') or math.inf
+    return [r for r in dict.fromkeys(runs) if r.seed < float(n)]
+
 def run_all(
-    runs,           # Runs
-    path,           # result file, csv; made if it does not exist
-    jobs=None,      # runs at a time; None: one for each GPU, or without GPUs one for each core; on Ray as many as fit
-    backend='loky', # 'loky' (processes of this machine) or 'ray' (a cluster; needs `pip install 'gradreg[ray]'`)
-    device=None     # where to train; fastai's default device if None
+    runs,         # Runs
+    path,         # result file, csv; made if it does not exist
+    jobs=None,    # runs at a time, 0 to train nothing and take what is there; None: GRADREG_JOBS, or one for each GPU, or each core; on Ray as many as fit
+    backend=None, # 'loky' (processes of this machine) or 'ray' (a cluster; needs `pip install 'gradreg[ray]'`); None: GRADREG_BACKEND, or 'loky'
+    device=None   # where to train; None: GRADREG_DEVICE, or fastai's default device
 )->pd.DataFrame: # the rows of these runs, in their order
     "Train the runs that the file does not hold yet and return the rows of all. Can be interrupted and started again at any time."
-    if backend not in _backends: raise ValueError(f"backend={backend!r}: choose 'loky' (this machine) or 'ray' (a cluster)")
-    if jobs is not None and jobs < 1: raise ValueError(f"jobs={jobs}: must be at least 1, or None for one per GPU or core")
-    if os.environ.get('GRADREG_SMOKE'): (runs,path),jobs,backend = _smoke(runs, path),1,'loky'
-    if jobs is None and backend == 'loky': jobs = torch.cuda.device_count() or cpu_count()
-    path,runs = Path(path),list(dict.fromkeys(runs))
-    _train_all(_missing(runs, path), path, jobs, backend, device)
+    jobs,backend,device = _asked(jobs, backend, device)
+    runs,path = _chosen(runs),Path(path)
+    if os.environ.get('GRADREG_SMOKE'): runs,jobs,backend = _smoke(runs),1,'loky'
+    if jobs != 0: _train_all(_missing(runs, path), path, jobs, backend, device)
     df = _rows(runs, path)
     for status in df.status[~df.status.isin(DONE)]: warnings.warn(f'a run failed and will be tried again next time: {status}')
     return df
@@ -353,13 +366,24 @@ def tune(
     path,           # result file, csv
     seeds=range(3), # seeds to average over
     jobs=None,      # as in `run_all`
-    backend='loky', # as in `run_all`
+    backend=None,   # as in `run_all`
     device=None,    # as in `run_all`
     **axes          # field=values to choose from, for instance `spect_reg=[.01, .03, .1]`
 )->Run: # `base` with the best values
     "The run with the best mean validation metric over the seeds; the test set plays no part (paper, section 4)."
     df = run_all(grid(base, **axes, seed=seeds), path, jobs, backend, device)
-    mean = df[df.status == 'ok'].groupby(list(axes)).valid.mean()
-    if mean.empty: raise ValueError(f"none of the runs of {axes} came to an end: see the column status of {path}")
+    ok = df[df.status == 'ok'].groupby(list(axes)).valid.agg(['count', 'mean'])
+    if ok.empty: raise ValueError(f"none of the runs of {axes} came to an end: see the column status of {path}")
+    mean = ok['mean'][ok['count'] == ok['count'].max()]  # a strength that diverged with some seeds is no choice
     best = mean.idxmin() if base.data == 'sin' else mean.idxmax()
     return replace(base, **dict(zip(axes, best if isinstance(best, tuple) else (best,))))
+
+# %% ../nbs/20_study.ipynb #f3a8e90d
+def readable(
+    df:pd.DataFrame # rows as `run_all` returns them
+)->pd.DataFrame: # with the columns method ('baseline', 'SpectReg', 'ConfidencePenalty + SpectReg', ...), net ('plain', 'BatchNorm', 'dropout') and accuracy (percent)
+    "Rows with names that a reader knows (paper, Tables 1-8)."
+    names = {cb.__name__: key for key,cb in sorted(REGULARIZERS.items())}
+    method = [' + '.join(name for name,key in names.items() if o[key] > 0) or 'baseline' for o in df.to_dict('records')]
+    net = ['BatchNorm' if o.bn else 'dropout' if o.p_drop else 'plain' for o in df.itertuples()]
+    return df.assign(method=method, net=net, accuracy=100*df.test)

@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
+from fastai.callback.core import Callback
 from joblib.externals.loky.backend.context import set_start_method
 from torch import nn
 
@@ -465,21 +466,63 @@ def test_long_messages_stay_one_line(path, monkeypatch):
     assert len(path.read_text().splitlines()) == 2 and load_rows(path).status[0].startswith('RuntimeError: first second, "third" xxx')
 
 
-@pytest.mark.parametrize('kwargs,words', [(dict(jobs=0), 'jobs=0'), (dict(jobs=-1), 'jobs=-1'), (dict(backend='dask'), "backend='dask'.*ray")])
+@pytest.mark.parametrize('kwargs,words', [(dict(jobs='all'), 'jobs=all'), (dict(jobs=-1), 'jobs=-1'), (dict(backend='dask'), "backend='dask'.*ray")])
 def test_bad_ways_to_run(path, kwargs, words):
     with pytest.raises(ValueError, match=words): run_all([SIN], path, **kwargs)
 
 
-def test_smoke(path, monkeypatch, trained, tmp_path):
-    append(path, made(SIN))
-    before = path.read_bytes()
+def test_smoke(path, monkeypatch, trained):
     monkeypatch.setenv('GRADREG_SMOKE', '1')
-    monkeypatch.setattr(study.tempfile, 'gettempdir', lambda: str(tmp_path/'elsewhere'))
     monkeypatch.setattr(study, '_on_ray', refuse)
     df = run_all(grid(replace(SIN, iters=10**6), spect_reg=[0, .1], seed=range(3, 9)), path, jobs=2, backend='ray')
-    assert path.read_bytes() == before and [p.name for p in path.parent.glob('*.csv')] == ['rows.csv']
     assert [(r.spect_reg, r.seed, r.iters) for r in trained] == [(0, 3, 2), (0, 4, 2), (.1, 3, 2), (.1, 4, 2)]
     assert df.status.eq('ok').all() and df.seed.tolist() == [3, 4, 3, 4]
+
+
+def test_smoke_needs_no_download(path, monkeypatch, trained):
+    monkeypatch.setenv('GRADREG_SMOKE', '1')
+    monkeypatch.setenv('GRADREG_DATA', str(path.parent))
+    df = run_all(grid(Run(p_drop=.5), n_train=[500, 20_000], seed=range(10)), path)
+    assert df.data.eq('digits').all() and df.n_train.tolist() == [10, 10, 400, 400] and df.status.eq('ok').all()
+
+
+def test_nothing_is_trained_with_no_jobs(path, monkeypatch):
+    append(path, made(SIN, test=.25))
+    for kwargs in dict(jobs=0), {}:
+        df = run_all(grid(SIN, seed=range(3)), path, **kwargs)
+        assert df.test.tolist() == [.25] and df.seed.tolist() == [SIN.seed]
+        monkeypatch.setenv('GRADREG_JOBS', '0')
+        monkeypatch.setattr(study, 'run', refuse)
+
+
+def test_the_environment_answers_what_the_call_leaves_open(path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study, '_train_all', lambda todo, path, *how: asked.append(([r.seed for r in todo], *how)))
+    for k, v in dict(JOBS='3', BACKEND='ray', DEVICE='cuda:1', SEEDS='2').items(): monkeypatch.setenv(f'GRADREG_{k}', v)
+    run_all(grid(SIN, seed=range(5)), path)
+    run_all(grid(SIN, seed=range(5)), path, jobs=1, backend='loky', device='cpu')
+    assert asked == [([0, 1], 3, 'ray', 'cuda:1'), ([0, 1], 1, 'loky', 'cpu')]
+
+
+def test_shared_probe(path):
+    one, all_ = run(replace(SIN, spect_reg=.1)), run(replace(SIN, spect_reg=.1, shared_probe=True))
+    assert one['weight_norm'] != all_['weight_norm']  # one logit only: the two draw other numbers
+
+
+def test_trace_changes_nothing(path):
+    plain, traced = run(replace(DIGITS, spect_reg=.1, iters=8)), run(replace(DIGITS, spect_reg=.1, iters=8, trace=4))
+    assert metrics(plain) == metrics(traced)
+    assert {f'jac_{k}@{s}' for k in ('train', 'test', 'between', 'noise') for s in (0, 1, 2, 4, 8)} < set(traced)
+    assert traced['jac_train@8'] == traced['jac_train'] and traced['valid@8'] == traced['valid'] and not any('@' in k for k in plain)
+
+
+def test_only_weights_get_a_gradient():
+    seen = []
+    class Look(Callback):
+        def after_backward(self): seen.append((self.xb[0].requires_grad, self.xb[0].grad, [p.grad for p in self.model.parameters()]))
+    study._learner(replace(DIGITS, spect_reg=.1, iters=1), None).fit(1, cbs=Look())
+    (required, of_x, of_weights), = seen
+    assert required and of_x is None and all(g is not None for g in of_weights)
 
 
 @pytest.mark.parametrize('gpus,jobs,device,expected', [
