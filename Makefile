@@ -1,7 +1,7 @@
 # gradreg: `make help` lists what there is. Every target works in a fresh clone.
 PY = .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help install export test test-latest study lab clean
+.PHONY: help install export test test-latest study bench lab clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ test-latest: ## the installed package alone, with the newest fastai and fastcore
 
 study: install ## the first study: train, compare, write figures and a page (about three minutes)
 	.venv/bin/gradreg run digits --results nbs/studies/out/digits
+
+bench: install ## what a penalty costs: time and memory of a step, loops and loaders compared (about three minutes)
+	.venv/bin/gradreg run bench && cp nbs/studies/out/bench/bench.csv nbs/studies/results/
 
 lab: install ## JupyterLab on the book
 	.venv/bin/jupyter lab nbs
