@@ -30,7 +30,7 @@ study: install ## the first study: train, compare, write figures and a page (abo
 	.venv/bin/gradreg run digits --results nbs/studies/out/digits
 
 bench: install ## what a penalty costs: time and memory of a step, loops and loaders compared (about three minutes)
-	.venv/bin/gradreg run bench && cp nbs/studies/out/bench/bench.csv nbs/studies/results/
+	.venv/bin/gradreg run bench
 
 lab: install ## JupyterLab on the book
 	.venv/bin/jupyter lab nbs

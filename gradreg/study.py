@@ -87,10 +87,9 @@ class Iterations(Callback):
     def __init__(self,
         n:int,   # batches to train on
         lr:float # learning rate at the start
-    ): self.n,self.lr = n,lr
+    ): self.n,self.lr,self.drops = n,lr,{0: 1, math.ceil(n/2): .1, math.ceil(3*n/4): .01}
     def before_batch(self):
-        done = self.train_iter/self.n
-        self.opt.set_hypers(lr=self.lr*(1 if done < .5 else .1 if done < .75 else .01))
+        if self.train_iter in self.drops: self.opt.set_hypers(lr=self.lr*self.drops[self.train_iter])
     def after_batch(self):
         if self.training and self.train_iter >= self.n: raise CancelTrainException
     def after_train(self):
