@@ -10,7 +10,7 @@ ini.read(here.parent/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 
 project,author,copyright,release = cfg['title'],cfg['author'],cfg['copyright'],cfg['version']
-extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx_design', 'sphinx.ext.githubpages', 'typeset']
+extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx.ext.githubpages', 'typeset']
 exclude_patterns = ['**/README.md']
 html_math_renderer = 'katex'
 
@@ -22,7 +22,7 @@ myst_heading_anchors = 4
 nitpicky = True
 nitpick_ignore_regex = [('py:.*', r'(?!gradreg).*')]  # types of other libraries
 suppress_warnings = ['myst.header']
-maximum_signature_line_length = 60
+maximum_signature_line_length = 50
 add_module_names = False
 toc_object_entries_show_parents = 'hide'
 python_display_short_literal_types = True
@@ -32,8 +32,9 @@ html_title = 'gradreg'
 html_baseurl = cfg['doc_host'] + cfg['doc_baseurl'] + '/'
 html_static_path = [str(here/'_static')]
 html_css_files = ['site.css']
+html_context = dict(default_mode='auto')
 html_favicon = html_logo = str(here/'_static/logo.svg')
 html_show_sourcelink = html_copy_source = False
 html_theme_options = dict(
     repository_url=cfg['git_url'], use_repository_button=True, use_download_button=False, use_fullscreen_button=False,
-    show_toc_level=2, navigation_with_keys=False, logo=dict(text='gradreg', alt_text='gradreg: home'), pygments_light_style='a11y-high-contrast-light', pygments_dark_style='a11y-high-contrast-dark')
+    show_toc_level=2, navbar_start=[], navbar_center=[], navbar_end=[], navbar_persistent=[], navigation_with_keys=False, logo=dict(text='gradreg', alt_text='gradreg: home'), pygments_light_style='a11y-high-contrast-light', pygments_dark_style='a11y-high-contrast-dark')

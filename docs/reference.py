@@ -74,7 +74,7 @@ def fields(obj, mod):
 
 def errors(mod, name):
     yield from (f':raises {kind}: `{text.replace("`", "")}`' for kind,text in dict.fromkeys(raises(mod, name)))
-    if others := passed_on(mod, name): yield f':raises: also what {", ".join(others)} raise' + 's'*(len(others) == 1)
+    if others := passed_on(mod, name): yield f'\nRaises also what {", ".join(others)} raise' + 's'*(len(others) == 1) + '.'
 
 def methods(cls, mod):
     for name,obj in vars(cls).items():

@@ -6,6 +6,7 @@ import pandas as pd
 here = Path(__file__).resolve().parent
 root = here.parent
 regularizers = {'double_back': 'DoubleBack', 'jac_reg': 'JacReg', 'frob_reg': 'FrobReg', 'spect_reg': 'SpectReg', 'confidence_penalty': 'ConfidencePenalty'}
+networks = {'lenet5': 'LeNet-5', 'cifar_resnet': 'ResNet', 'resnet18': 'ResNet-18'}
 setting = ['data', 'model', 'n_train', 'wd', 'p_drop', 'bn', 'iters', 'bs', 'probe', 'every']
 
 def markdown(df):
@@ -27,7 +28,7 @@ def runtime(path, results):
     measured = pd.read_csv(here/'seconds.csv').set_index('notebook')
     if path.as_posix() not in measured.index: return ''
     o = measured.loc[path.as_posix()]
-    return f'runs {time(o.seconds)} ({o.device}, {o.threads} threads, torch {o.torch})'
+    return f'runs {time(o.seconds)} on one core ({o.device}, torch {o.torch})'
 
 # ---------------------------------------------------------------- cards
 
@@ -61,7 +62,7 @@ def tuned(column, results):
             rows = rows[rows.seed.isin(range(seeds.min()))]
             if len(seeds) < 2 or seeds.min() < 3: continue
             o,mean = dict(zip(setting, key)),rows.groupby(column).valid.mean()
-            net = o['model'] + f', dropout {o["p_drop"]:g}'*bool(o['p_drop']) + ', BatchNorm'*bool(o['bn']) + f', wd {o["wd"]:g}'*bool(o['wd']) + f', every={o["every"]}'*(o['every'] > 1)
+            net = networks[o['model']] + f', dropout {o["p_drop"]:g}'*bool(o['p_drop']) + ', BatchNorm'*bool(o['bn']) + f', wd {o["wd"]:g}'*bool(o['wd']) + f', every={o["every"]}'*(o['every'] > 1)
             tried = ', '.join(f'{i:g}' for i in mean.index)
             yield {'data': f'{o["data"]}, {o["n_train"]} points', 'network': net, 'strength': f'{mean.idxmax():g}', 'from': f'our runs: best on validation points of {tried} ({seeds.min()} seeds)'}
 
@@ -82,4 +83,4 @@ def slider(results):
     curves,points = curves[curves.seed == seed].sort_values(['spect_reg', 'x']),points[points.seed == seed]
     of = lambda df, *cols: {c: df[c].round(4).tolist() for c in cols}
     data = dict(points=of(points, 'x', 'y'), fits=[dict(lam=lam, **of(o, 'x', 'fit', 'slope')) for lam,o in curves.groupby('spect_reg')])
-    return (here/'_static/slider.html').read_text(encoding='utf-8').replace('DATA', json.dumps(data, separators=(',', ':'), allow_nan=False))
+    return (here/'slider.html').read_text(encoding='utf-8').replace('DATA', json.dumps(data, separators=(',', ':'), allow_nan=False))
