@@ -1,5 +1,6 @@
 "The site: notebooks as nbdev shows them, the pages of this folder and a reference from signatures, laid in docs/_build/src and set by Sphinx."
 import argparse, os, re, shutil, sys
+from itertools import groupby
 from pathlib import Path
 import nbformat, yaml
 
@@ -8,9 +9,10 @@ root = here.parent
 sys.path.insert(0, str(here))
 import reference, tables
 from make_readme import directives
+from reference import cfg, github
 
-site = 'https://gradreg.github.io/gradreg/'
-colab = 'https://colab.research.google.com/github/gradreg/gradreg/blob/main/nbs/'
+site = cfg['doc_host'] + cfg['doc_baseurl'] + '/'
+colab = f'{github.replace("github.com", "colab.research.google.com/github")}nbs/'
 
 def notebooks(): return sorted(p.relative_to(root/'nbs') for p in (root/'nbs').rglob('*.ipynb') if not {'.ipynb_checkpoints', 'out'} & set(p.parts))
 
@@ -43,14 +45,13 @@ def documented(cells):
         entries.append((int(link.rpartition('#L')[2]), f'### {name}\n{code}\n\n{relink(doc.strip())} [source]({link})'))
     return '\n\n'.join(o for _,o in sorted(entries))
 
+def is_doc(cell): return cell.cell_type == 'code' and bool(re.search(r'^show_doc\(', cell.source, re.M))
+
 def blocks(cells):
     "Cells with each run of `show_doc` cells joined to one Markdown cell."
-    run = []
-    for c in [*cells, None]:
-        if c is not None and c.cell_type == 'code' and c.source.rstrip().splitlines()[-1:] and re.match(r'show_doc\(', c.source.rstrip().splitlines()[-1]): run.append(c); continue
-        if run: yield nbformat.v4.new_markdown_cell(documented(run))
-        run = []
-        if c is not None: yield c
+    for doc,run in groupby(cells, is_doc):
+        if doc: yield nbformat.v4.new_markdown_cell(documented(run))
+        else: yield from run
 
 def shown(cell, alt):
     "A code cell as the reader sees it: no directives, each image with a text."
@@ -74,14 +75,14 @@ def page(path, results):
             said = plain(c.source.strip().split('\n\n')[-1]) or said
         elif c.cell_type == 'code': c = shown(c, f'Figure in {title}, {heading}. {said}'.strip())
         cells.append(c)
-    line = ' · '.join(filter(None, [f'[Open in Colab]({colab}{path.as_posix()})', f'`make lab`, then `{path.as_posix()}`', tables.runtime(path, results)]))
+    line = ' · '.join(filter(None, [f'[Open in Colab]({colab}{path.as_posix()})', f'JupyterLab: `make lab`, then `{path.as_posix()}`', tables.runtime(path, results)]))
     lead = nbformat.v4.new_markdown_cell(f'# {title}\n\n{{.sentence}}\n{relink(meta["description"])}\n\n{{.runs}}\n{line}')
     nb.cells,nb.metadata['language_info'] = [lead, *cells],dict(name='python', pygments_lexer='ipython3')
     return nb,title
 
 # ---------------------------------------------------------------- the sources
 
-def toctree(caption, docs, more=''): return f'```{{toctree}}\n:caption: {caption}\n:hidden:\n{more}\n' + '\n'.join(docs) + '\n```\n'
+def toctree(docs, caption=''): return '\n'.join(['```{toctree}', *([f':caption: {caption}'] if caption else []), ':hidden:', '', *docs, '```', ''])
 
 def contents(paths, pages):
     "The navigation: what is there, in the order of the book."
@@ -89,29 +90,34 @@ def contents(paths, pages):
     studies = sorted((o for o in names if o.startswith('studies/')), key=lambda o: (not o.endswith('/index'), o))
     parts = {'Start': ['Home <self>', *(o for o in ('install', 'training', 'slider', 'extend') if o in pages)], 'Regularizers': sorted(o for o in pages if o.startswith('regularizers/')),
              'Chapters': [o for o in names if re.match(r'\d\d_', o)], 'Studies': studies, 'Reference': ['api/index', 'changelog', 'citation']}
-    return '\n'.join(toctree(k, v) for k,v in parts.items())
+    return '\n'.join(toctree(docs, caption) for caption,docs in parts.items())
+
+def stage_notebooks(src, results, written):
+    "All notebooks as pages in their places, so that their links hold; the path and the title of each chapter by its module's name."
+    paths,chapters = notebooks(),{}
+    for path in paths:
+        nb,title = page(path, results)
+        if path == Path('index.ipynb'): nb.cells.append(nbformat.v4.new_markdown_cell(contents(paths, written)))
+        if re.match(r'\d\d_', path.as_posix()): chapters[path.stem.split('_', 1)[1]] = path.as_posix(),title
+        (src/path).parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nb, src/path)
+    return chapters
 
 def stage(src, results):
-    "All sources in one folder; notebooks keep their places, so that their links hold."
+    "All sources in one folder."
     from nbdev.serve import proc_nbs
     proc_nbs()
     shutil.rmtree(src, ignore_errors=True)
-    shutil.copytree(results, src/'studies/results', ignore=shutil.ignore_patterns('*.lock', '*.tmp'))
-    slider = tables.slider(results)
-    if not slider: print('docs: no sin_curves.csv and sin_points.csv among the results, so the site has no slider', file=sys.stderr)
+    shutil.copytree(root/'nbs', src, ignore=shutil.ignore_patterns('*.ipynb', 'out', 'models', '.*', '*.lock', '*.tmp'))  # what notebooks link
     written = {p.relative_to(here).with_suffix('').as_posix(): p.read_text(encoding='utf-8') for p in here.rglob('*.md') if '_build' not in p.parts}
-    if not slider: del written['slider']
     written['changelog'] = (root/'CHANGELOG.md').read_text(encoding='utf-8')
-    paths,titles = notebooks(),{}
-    for path in paths:
-        nb,titles[path.stem] = page(path, results)
-        if path.name == 'index.ipynb' and path.parent == Path(): nb.cells.append(nbformat.v4.new_markdown_cell(contents(paths, written)))
-        (src/path).parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(nb, src/path)
-    chapters = {p.stem.split('_', 1)[1]: p for p in paths if re.match(r'\d\d_\w+$', p.stem) and p.parent == Path()}
-    written.update({f'api/{m}': reference.page(m, chapters[m].as_posix(), titles[chapters[m].stem]) for m in reference.modules})
-    written['api/index'] = reference.index() + toctree('', reference.modules).replace(':caption: \n', '')
-    values = {**tables.all_tables(results), 'slider': slider}
+    values = {**tables.all_tables(results), 'slider': tables.slider(results)}
+    if not values['slider']:
+        print('docs: no sin_curves.csv and sin_points.csv among the results, so the site has no slider', file=sys.stderr)
+        del written['slider']
+    chapters = stage_notebooks(src, results, written)
+    written.update({f'api/{m}': reference.page(m, *chapters[m]) for m in reference.modules})
+    written['api/index'] = reference.index() + toctree(reference.modules)
     for name,text in written.items():
         (src/name).parent.mkdir(parents=True, exist_ok=True)
         (src/f'{name}.md').write_text(re.sub(r'^\{\{ *(\w+) *\}\}', lambda m: values[m[1]], text, flags=re.M), encoding='utf-8')
@@ -125,6 +131,7 @@ def main():
     out,results = args.out.resolve(),args.results.resolve()
     os.chdir(root)
     stage(out/'src', results)
+    shutil.rmtree(out/'html', ignore_errors=True)  # pages that are no more
     code = build_main(['-q', '-W', '--keep-going', '-E', '-c', str(here), '-d', str(out/'doctrees'), str(out/'src'), str(out/'html')])
     if not code: print(out/'html/index.html')
     return code

@@ -1,13 +1,10 @@
 "Sphinx's settings; `make docs` runs it through build.py, which lays the sources in docs/_build/src."
 import sys
-from configparser import ConfigParser
 from pathlib import Path
 
 here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here))
-ini = ConfigParser(delimiters=['='])
-ini.read(here.parent/'settings.ini', encoding='utf-8')
-cfg = ini['DEFAULT']
+from reference import cfg
 
 project,author,copyright,release = cfg['title'],cfg['author'],cfg['copyright'],cfg['version']
 extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx.ext.githubpages', 'typeset']
@@ -24,6 +21,7 @@ nitpick_ignore_regex = [('py:.*', r'(?!gradreg).*')]  # types of other libraries
 suppress_warnings = ['myst.header']
 maximum_signature_line_length = 50
 add_module_names = False
+python_use_unqualified_type_names = True
 toc_object_entries_show_parents = 'hide'
 python_display_short_literal_types = True
 

@@ -1,10 +1,15 @@
 "The API reference: a page per module, made from signatures, docments and docstrings."
 import ast, importlib, inspect, re
+from configparser import ConfigParser
 from functools import cache
 from pathlib import Path
 from fastcore.docments import docments
 
 root = Path(__file__).resolve().parents[1]
+ini = ConfigParser(delimiters=['='])
+ini.read(root/'settings.ini', encoding='utf-8')
+cfg = ini['DEFAULT']
+github = f'{cfg["git_url"]}/blob/{cfg["branch"]}/'
 modules = [p.stem.split('_', 1)[1] for p in sorted((root/'nbs').glob('[0-9][0-9]_*.ipynb')) if (root/f'gradreg/{p.stem.split("_", 1)[1]}.py').exists()]
 
 @cache
@@ -23,6 +28,8 @@ def role(name, here=None, text=None):
     found = homes().get(name, [])
     home = here if here in found else found[0] if len(found) == 1 else None
     return f'{{py:obj}}`{text or name} <gradreg.{home}.{name}>`' if home else f'`{text or name}`'
+
+def sentence(obj, here): return prose(inspect.cleandoc(obj.__doc__).rstrip('.') + '.', here)
 
 def prose(text, here):
     "A docstring or a comment as Markdown: names become links, what is no Markdown is escaped."
@@ -60,16 +67,16 @@ def passed_on(mod, name):
 
 def signature(obj, name):
     sig = inspect.signature(obj)
-    bare = lambda a: a.replace('torch.', '').replace('pandas.', 'pd.').replace('numpy.', 'np.')
+    bare = lambda a: a.replace('torch.', '').replace('pandas.', 'pd.').replace('numpy.', 'np.').replace('pathlib.', '')
     shown = [str(p.replace(default=p.default.__name__)).replace("'", '') if inspect.isfunction(p.default) else str(p) for p in sig.parameters.values()]
     returns = '' if inspect.isclass(obj) or sig.return_annotation is sig.empty else f' -> {inspect.formatannotation(sig.return_annotation)}'
     return bare(f'{name}({", ".join(shown)}){returns}')
 
 def fields(obj, mod):
     "Parameters and result as field lists."
-    docs = docments(obj)
+    docs = {**dict(re.findall(r'^    (\w+) *:[^#\n]*# (.*)$', inspect.getsource(obj), re.M) if inspect.isclass(obj) else []), **{k: v for k,v in docments(obj).items() if v}}
     sig = inspect.signature(obj)
-    for o in sig.parameters: yield f':param {o}: {prose(" ".join((docs.get(o) or "").split()), mod)}'
+    yield from (f':param {o}: {prose(" ".join(docs[o].split()), mod)}' for o in sig.parameters if o in docs)
     if not inspect.isclass(obj) and (result := docs.get('return')): yield f':returns: {prose(" ".join(result.split()), mod)}'
 
 def errors(mod, name):
@@ -83,23 +90,27 @@ def methods(cls, mod):
         kind = 'py:property' if isinstance(obj, property) else 'py:method'
         sig = name if isinstance(obj, property) else re.sub(r'\(self(, )?', '(', signature(f, name))
         params = [o for o in fields(f, mod) if not o.startswith(':param self')]
-        yield '\n'.join([f'::::{{{kind}}} {sig}', prose(inspect.cleandoc(f.__doc__), mod), '', *params, '::::', ''])
+        yield '\n'.join([f'::::{{{kind}}} {sig}', sentence(f, mod), '', *params, '::::', ''])
+
+def value(obj):
+    if not isinstance(obj, dict): return repr(obj)
+    return '{' + ', '.join(f'{k!r}: {getattr(v, "__name__", repr(v))}' for k,v in obj.items()) + '}'
 
 def entry(mod, name, chapter):
     "One exported name."
     obj = getattr(module(mod), name)
-    if not callable(obj): return f':::::{{py:data}} {name}\n:value: {str(obj)[:90]}\n\nDefined in [{chapter[1]}](../{chapter[0]}).\n:::::\n'
+    if not callable(obj): return f':::::{{py:data}} {name}\n:value: {value(obj)}\n\nDefined in [{chapter[1]}](../{chapter[0]}).\n:::::\n'
     kind = 'class' if inspect.isclass(obj) else 'function'
     bases = [role(b.__name__, mod) for b in getattr(obj, '__bases__', ()) if b.__name__ in homes()]
     line = tree(mod)[name].lineno
-    links = f'[Derived and shown in the chapter {chapter[1]}](../{chapter[0]}#{name.lower()}) · [source](https://github.com/gradreg/gradreg/blob/main/gradreg/{mod}.py#L{line})'
-    body = [prose(inspect.cleandoc(obj.__doc__), mod) + (f' A kind of {bases[0]}.' if bases else ''), '', *fields(obj, mod), *errors(mod, name), '', links, '']
+    links = f'[Derived and shown in the chapter {chapter[1]}](../{chapter[0]}#{name.lower()}) · [source]({github}gradreg/{mod}.py#L{line})'
+    body = [sentence(obj, mod) + (f' A kind of {bases[0]}.' if bases else ''), '', *fields(obj, mod), *errors(mod, name), '', links, '']
     return '\n'.join([f':::::{{py:{kind}}} {signature(obj, name)}', '', *body, *(methods(obj, mod) if kind == 'class' else ()), ':::::', ''])
 
 def page(mod, path, title):
     "The Markdown of a module's page; `path` and `title` are its chapter's."
     mine = module(mod)
-    head = f'# gradreg.{mod}\n\n{prose(inspect.cleandoc(mine.__doc__), mod)} Chapter: [{title}](../{path}).\n\n```{{py:module}} gradreg.{mod}\n```\n\n'
+    head = f'# gradreg.{mod}\n\n{sentence(mine, mod)} Chapter: [{title}](../{path}).\n\n```{{py:module}} gradreg.{mod}\n```\n\n'
     return head + '\n'.join(entry(mod, o, (path, title)) for o in mine.__all__)
 
 def index():

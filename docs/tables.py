@@ -20,7 +20,7 @@ def time(s): return f'{s:.0f} s' if s < 90 else f'{s/60:.0f} min' if s < 5400 el
 
 def runtime(path, results):
     "How long a notebook runs and on what: a study by its rows, a chapter by seconds.csv."
-    names = dict.fromkeys(re.findall(r"results\('(\w+)'\)", '\n'.join(source(path)))) if path.parent.name == 'studies' else ()
+    names = dict.fromkeys(re.findall(r"""results\(['"](\w+)['"]\)""", '\n'.join(source(path)))) if path.parent.name == 'studies' else ()
     if files := [results/f'{o}.csv' for o in names if (results/f'{o}.csv').exists()]:
         rows = pd.concat([pd.read_csv(f) for f in files])
         rows = rows[rows.status.isin(['ok', 'diverged'])]

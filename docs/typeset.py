@@ -40,9 +40,9 @@ def html(tex, display):
     return json.loads(p.stdout.readline())
 
 def visitor(display):
-    def visit(self, node):
-        out,fault = html(node.astext(), display)
-        if fault: logging.getLogger(__name__).warning(fault, location=node)
+    def visit(self, formula):
+        out,fault = html(formula.astext(), display)
+        if fault: logging.getLogger(__name__).warning(fault, location=formula)
         else: self.body.append(f'<div class="math">{out}</div>' if display else f'<span class="math">{out}</span>')
         raise nodes.SkipNode
     return visit

@@ -2,20 +2,24 @@
 (() => {
   const figure = document.getElementById('sin-slider'), {points, fits} = JSON.parse(figure.querySelector('[type="application/json"]').textContent)
   const [top, below] = figure.querySelectorAll('svg'), input = figure.querySelector('input'), output = figure.querySelector('output'), said = figure.querySelector('figcaption')
-  const flat = key => fits.flatMap(o => o[key]).sort((a, b) => a - b), left = 44, right = 632
+  const flat = key => fits.flatMap(o => o[key]).sort((a, b) => a - b)
+  const width = Math.round(Math.min(720, Math.max(300, figure.clientWidth))), left = 34, right = width - 8  // letters keep their size on a phone
   const span = values => { const cut = Math.floor(values.length/200); return [values[cut], values[values.length - 1 - cut]] }  // a few spikes may leave the frame
   const px = x => left + (x + 1)/2*(right - left)
 
   function panel(svg, [low, high], name) {
-    const h = svg.viewBox.baseVal.height, pad = (high - low)*.06, py = y => h - 24 - (y - low + pad)/(high - low + 2*pad)*(h - 32), step = (high - low) > 8 ? 5 : 1
-    const ticks = []
+    const h = svg.viewBox.baseVal.height, foot = h - 22, pad = (high - low)*.04, py = y => foot - (y - low + pad)/(high - low + 2*pad)*(foot - 20)
+    const step = [1, 2, 5, 10, 20, 50].find(o => (high - low)/o < 7) || 100, frame = `frame-${name}`
+    const ticks = [`<clipPath id="${frame}"><path d="M${left} 20H${right}V${foot}H${left}Z"/></clipPath>`]
+    svg.setAttribute('viewBox', `0 0 ${width} ${h}`)
     for (let y = Math.ceil(low/step)*step; y <= high; y += step) ticks.push(`<path class="grid" d="M${left} ${py(y)}H${right}"/><text x="${left - 6}" y="${py(y) + 4}" text-anchor="end">${y}</text>`)
     for (let x = -1; x <= 1; x += .5) ticks.push(`<text x="${px(x)}" y="${h - 6}" text-anchor="middle">${x}</text>`)
-    svg.firstElementChild.innerHTML = ticks.join('') + `<text class="name" x="${left + 6}" y="16">${name}</text>`
+    svg.firstElementChild.innerHTML = ticks.join('') + `<text class="name" x="${left}" y="12">${name}</text>`
     const line = (xs, ys, cls) => {
       const path = document.createElementNS('http://www.w3.org/2000/svg', 'path')
       path.setAttribute('class', cls)
-      path.setAttribute('d', 'M' + xs.map((x, i) => `${px(x).toFixed(1)} ${Math.max(-50, Math.min(h + 50, py(ys[i]))).toFixed(1)}`).join('L'))
+      path.setAttribute('clip-path', `url(#${frame})`)
+      path.setAttribute('d', 'M' + xs.map((x, i) => `${px(x).toFixed(1)} ${py(ys[i]).toFixed(1)}`).join('L'))
       svg.firstElementChild.append(path)
       return path
     }
