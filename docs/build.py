@@ -88,7 +88,7 @@ def contents(paths, pages):
     "The navigation: what is there, in the order of the book."
     names = [p.with_suffix('').as_posix() for p in paths]
     studies = sorted((o for o in names if o.startswith('studies/')), key=lambda o: (not o.endswith('/index'), o))
-    parts = {'Start': ['Home <self>', *(o for o in ('install', 'training', 'slider', 'extend') if o in pages)], 'Regularizers': sorted(o for o in pages if o.startswith('regularizers/')),
+    parts = {'Start': ['Home <self>', *(o for o in ('install', 'training', 'slider', 'extend') if o in pages)], 'Regularizers': [f'regularizers/{o}' for o in tables.regularizers],
              'Chapters': [o for o in names if re.match(r'\d\d_', o)], 'Studies': studies, 'Reference': ['api/index', 'changelog', 'citation']}
     return '\n'.join(toctree(docs, caption) for caption,docs in parts.items())
 

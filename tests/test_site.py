@@ -77,6 +77,12 @@ def test_hidden_cells_are_gone(site):
     text = (site/'01_penalties.html').read_text(encoding='utf-8')
     assert 'show_doc' not in text and '#|' not in text and 'Four input-gradient penalties' in text
 
+def test_faults_fail_the_build(tmp_path):
+    (tmp_path/'index.md').write_text('# T\n\n[a](none.md), [b](#none), ![c](none.png), {py:func}`gradreg.none`, $\\none$\n', encoding='utf-8')
+    done = subprocess.run([sys.executable, '-m', 'sphinx', '-qW', '--keep-going', '-c', str(root/'docs'), str(tmp_path), str(tmp_path/'out')], capture_output=True, text=True)
+    said = [o for o in done.stderr.splitlines() if 'WARNING' in o]
+    assert done.returncode and len(said) == 5 and all(any(w in o for o in said) for w in ('none.md', "'none'", 'none.png', 'gradreg.none', 'KaTeX')), done.stderr
+
 # ---------------------------------------------------------------- in a browser
 
 flags = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
@@ -136,6 +142,8 @@ def test_search_finds_spect_reg(tab):
     tab.goto('search.html?q=spect_reg')
     tab.wait_for_selector('#search-results li a')
     found = tab.locator('#search-results li a').evaluate_all('all => all.map(o => o.getAttribute("href"))')
+    tab.set_viewport_size(dict(width=390, height=900))
+    assert tab.evaluate('document.documentElement.scrollWidth') <= 390
     assert any('api/penalties.html#gradreg.penalties.spect_reg' in o for o in found) and any('01_penalties.html' in o for o in found), found
 
 def test_slider_moves_the_curves(tab):
