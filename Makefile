@@ -1,10 +1,11 @@
 # gradreg: `make help` lists what there is. Every target works in a fresh clone.
 PY = .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help install export test test-latest study bench lab clean
+.PHONY: help install export test test-latest study bench lab docs seconds install-browser ci-browser clean
+SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 install: .venv/installed ## create .venv and install the package with its development tools
 
@@ -18,7 +19,7 @@ export: install ## notebooks -> gradreg/*.py and README.md, then clean the noteb
 	.venv/bin/nbdev_clean
 	$(PY) docs/make_readme.py
 
-test: install ## every check there is, notebooks included (the CI suite)
+test: install .venv/docs ci-browser ## every check there is, notebooks included (the CI suite)
 	$(PY) -m pytest -q tests
 
 test-latest: ## the installed package alone, with the newest fastai and fastcore, in a second environment
@@ -34,6 +35,23 @@ bench: install ## what a penalty costs: time and memory of a step, loops and loa
 
 lab: install ## JupyterLab on the book
 	.venv/bin/jupyter lab nbs
+
+.venv/docs: .venv/installed
+	$(PY) -m pip install -q -e '.[docs]'
+	touch $@
+
+docs: .venv/docs ## the site, in docs/_build/html
+	$(PY) docs/build.py
+
+seconds: install ## how long each chapter runs on this machine, into docs/seconds.csv
+	$(PY) docs/seconds.py
+
+install-browser: ## Debian's chromium, in which `make test` reads the site
+	$(SUDO) apt-get update -qq
+	$(SUDO) apt-get install -y -qq --no-install-recommends chromium
+
+ci-browser: # a CI machine gets a browser if it can; without one the browser tests are skipped and say so
+	@[ -z "$$CI" ] || command -v chromium || command -v google-chrome || $(MAKE) -s install-browser || true
 
 clean: ## remove what make made, environments included
 	rm -rf .venv .venv-latest build dist _docs _proc docs/_build nbs/studies/out *.egg-info

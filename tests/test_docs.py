@@ -1,0 +1,84 @@
+"What the site's pages say is true: their code runs, their numbers have a source, their tables name what exists."
+import os, re, subprocess, sys
+from pathlib import Path
+import pandas as pd, pytest
+
+root = Path(__file__).resolve().parents[1]
+docs = root/'docs'
+sys.path.insert(0, str(docs))
+import tables
+
+pages = sorted(p for p in docs.rglob('*.md') if '_build' not in p.parts)
+ids = lambda p: p.stem
+
+def read(path): return path.read_text(encoding='utf-8')
+def blocks(path): return re.findall(r'^```python\n(.*?)^```$', read(path), re.M | re.S)
+def is_script(code): return re.match(r'# (\w+\.py)\n', code)
+
+@pytest.mark.parametrize('path', [p for p in pages if blocks(p)], ids=ids)
+def test_code_of_a_page_runs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {'__name__': path.stem}
+    for code in blocks(path):
+        if not is_script(code): exec(compile(code, str(path), 'exec'), names)
+
+scripts = [pytest.param(code, id=is_script(code)[1]) for p in pages for code in blocks(p) if is_script(code)]
+
+@pytest.mark.parametrize('code', scripts)
+def test_script_of_a_page_runs_in_two_processes(code, tmp_path):
+    (tmp_path/'script.py').write_text(code, encoding='utf-8')
+    env = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', 'script.py'], cwd=tmp_path, env=env,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+def test_there_is_a_script(): assert scripts
+
+headings = ['Use as a function', 'Use in training', 'Formula', 'Suggested strengths', 'Cost', 'Watch out', 'Source']
+
+def test_each_regularizer_has_a_card():
+    from gradreg.study import REGULARIZERS
+    assert {p.stem for p in docs.glob('regularizers/*.md')} == set(REGULARIZERS) == set(tables.regularizers)
+    for name,cb in REGULARIZERS.items():
+        card = read(docs/f'regularizers/{name}.md')
+        assert card.startswith(f'# {cb.__name__}\n') and re.findall('^## (.*)', card, re.M) == headings
+        assert f'{{{{ strengths_{name} }}}}' in card and f'{{{{ cost_{name} }}}}' in card
+
+def test_strengths_of_a_batch_sum_become_those_of_the_mean():
+    mnist = tables.authors('ConfidencePenalty').iloc[0]
+    assert mnist.strength == '0.5' and 'sum' in mnist['from']  # 0.01 of a sum over 50
+    assert tables.authors('SpectReg').iloc[0].strength == '0.03'
+
+def rows(lam, valids, **kw):
+    base = dict(data='digits', model='lenet5', n_train=100, wd=0., p_drop=0., bn=False, iters=10, bs=25, probe='gaussian', every=1, status='ok', **dict.fromkeys(tables.regularizers, 0.))
+    return [{**base, 'spect_reg': lam, 'seed': i, 'valid': v, **kw} for i,v in enumerate(valids)]
+
+def test_tuned_strength_is_the_best_on_validation_points(tmp_path):
+    table = lambda o: pd.DataFrame(o).to_csv(tmp_path/'a.csv', index=False)
+    table(rows(.1, [.9, .9, .9]) + rows(.3, [.8, .9, .9, 1., 1., 1.]) + rows(1., [1., 1., 1.], double_back=1.) + rows(3., [1., 1., 1.], status='diverged'))
+    (one,) = tables.tuned('spect_reg', tmp_path)  # later seeds, combinations and failed runs do not count
+    assert one['strength'] == '0.1' and '0.1, 0.3 (3 seeds)' in one['from'] and one['data'] == 'digits, 100 points'
+    table(rows(.1, [.9, .9, .9]))
+    assert not list(tables.tuned('spect_reg', tmp_path))  # nothing was chosen from
+
+def test_cost_is_the_benchmarks():
+    bench = pd.read_csv(root/'nbs/studies/results/bench.csv')
+    for name in tables.regularizers:
+        row, = bench[bench.what.str.startswith('penalty') & (bench.candidate == name)].to_dict('records')
+        assert f'**{row["ratio_median"]:.1f} times**' in tables.cost(name, root/'nbs/studies/results')
+
+def test_each_chapter_has_been_timed():
+    timed = set(pd.read_csv(docs/'seconds.csv').notebook)
+    chapters = {p.name for p in [*(root/'nbs').glob('[0-9][0-9]_*.ipynb'), root/'nbs/index.ipynb']}
+    assert not chapters - timed, 'run `make seconds`'
+
+def test_runtime_of_a_study_is_that_of_its_rows(tmp_path):
+    text = tables.runtime(Path('studies/30_digits.ipynb'), root/'nbs/studies/results')
+    stored = pd.read_csv(root/'nbs/studies/results/digits.csv')
+    assert f'{len(stored)} runs, ' in text and f'{stored.seconds.sum()/60:.0f} min' in text and stored.device[0] in text
+
+def test_changelog_and_citation_know_the_version():
+    from gradreg import __version__
+    assert f'\n## {__version__}' in read(root/'CHANGELOG.md') and 'arXiv:1712.09936' in read(root/'CITATION.cff')
+
+def test_no_caption_without_data(tmp_path): assert tables.slider(tmp_path) == ''
