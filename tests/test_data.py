@@ -1,5 +1,5 @@
 "What a reader of chapter 03_data need not see: broken files, interrupted writes, no network, determinism, fastai's ways of use"
-import hashlib, importlib.util, io, os, random, signal, subprocess, sys, time, types, zipfile
+import hashlib, importlib.util, io, os, random, signal, subprocess, sys, types, zipfile
 from pathlib import Path
 from urllib.error import URLError
 
@@ -260,14 +260,12 @@ def test_a_download_is_cached(name, shape, classes, cache, monkeypatch):
     assert again.classes.tolist() == first.classes.tolist() == [o.split(' ')[0] for o in classes]
 
 
-def test_a_cached_set_of_mnists_size_loads_within_a_second(cache):
-    x = np.random.default_rng(0).integers(0, 256, (70000, 28, 28), np.uint8)
-    y = np.arange(70000) % 10
-    data._write_npz(cache/'mnist.npz', Arrays(x[:60000], y[:60000], x[60000:], y[60000:], np.arange(10).astype(str)))
-    t = time.perf_counter()
-    a = load_arrays('mnist')
-    assert time.perf_counter() - t < 1
-    np.testing.assert_array_equal(a.x_test, x[60000:])
+def test_the_cache_is_not_compressed(cache):
+    "What makes a large set load fast: `make bench` says how fast"
+    a = Arrays(np.zeros((600, 28, 28), np.uint8), np.arange(600) % 10, np.zeros((10, 28, 28), np.uint8), np.arange(10), np.arange(10).astype(str))
+    data._write_npz(cache/'mnist.npz', a)
+    with zipfile.ZipFile(cache/'mnist.npz') as z: assert {o.compress_type for o in z.infolist()} == {zipfile.ZIP_STORED}
+    np.testing.assert_array_equal(load_arrays('mnist').y_train, a.y_train)
 
 
 # Tiny ImageNet's zip
@@ -544,20 +542,6 @@ def test_the_data_move_to_the_device():
     assert dls.device == 'meta' or dls.device.type == 'meta'
 
 
-@pytest.mark.parametrize('shape', [(28, 28, 1), (28, 28, 3)])
-def test_a_batch_costs_little_more_than_indexing(shape):
-    x, y = torch.rand(2000, *shape).permute(0, 3, 1, 2), torch.arange(2000) % 10
-    dl, plain = ArrayDL(ArrayDS(x, y), 50, shuffle=True, drop_last=True), x.contiguous()
-    def bare():
-        for i in torch.randperm(2000).split(50): plain[i], y[i]
-    def ms(f):
-        t = time.perf_counter()
-        f()
-        return (time.perf_counter() - t)*1000/40
-    times = np.array([(ms(lambda: [0 for _ in dl]), ms(bare)) for _ in range(30)])
-    assert np.median(times[:,0]) - np.median(times[:,1]) < 0.1
-
-
 # fastai
 
 def learner(dls, n_in=64, n_out=4):
@@ -666,9 +650,7 @@ def test_sin_refuses(kwargs):
 
 @real('mnist')
 def test_real_mnist():
-    t = time.perf_counter()
     a = load_arrays('mnist')
-    assert time.perf_counter() - t < 2
     assert a.x_train.shape == (60000, 28, 28) and a.x_test.shape == (10000, 28, 28)
     assert np.bincount(a.y_test).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     np.testing.assert_allclose([a.x_train.mean()/255, a.x_train.std()/255], [0.1307, 0.3081], atol=5e-5)
@@ -694,6 +676,6 @@ def test_real_tiny_imagenet(tmp_path, monkeypatch):
     a = load_arrays('tiny_imagenet')
     assert a.x_train.shape[1:] == (64, 64, 3) and len(a.classes) == 200 == len({*a.classes})
     assert len({*np.bincount(a.y_train)}) == 1 and len({*np.bincount(a.y_test)}) == 1
-    t = time.perf_counter()
+    monkeypatch.setattr(data, '_jpeg', None)  # decoded once
     np.testing.assert_array_equal(load_arrays('tiny_imagenet').x_test, a.x_test)
-    assert time.perf_counter() - t < 2 + len(a.x_train)/20000 and snapshot(folder) == before
+    assert snapshot(folder) == before
