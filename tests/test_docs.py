@@ -37,7 +37,7 @@ def test_there_is_a_script(): assert scripts
 headings = ['Use as a function', 'Use in training', 'Formula', 'Suggested strengths', 'Cost', 'Watch out', 'Source']
 
 def test_each_regularizer_has_a_card():
-    from gradreg.study import REGULARIZERS
+    from gradreg.runs import REGULARIZERS
     assert {p.stem for p in docs.glob('regularizers/*.md')} == set(REGULARIZERS) == set(tables.regularizers)
     for name,cb in REGULARIZERS.items():
         card = read(docs/f'regularizers/{name}.md')

@@ -5,9 +5,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from fastai.callback.core import Callback, CancelFitException
-from gradreg import study
+from gradreg import runs
 from gradreg.data import find_arrays
-from gradreg.study import PROTOCOL, Run, load_rows, run
+from gradreg.runs import PROTOCOL, Run, halvings, run
+from gradreg.tables import load_rows
 
 root = Path(__file__).resolve().parents[1]
 files = {p.stem: df for p in sorted((root/'nbs/studies/results').glob('*.csv')) if 'iters' in (df := load_rows(p)).columns}
@@ -48,15 +49,15 @@ def test_a_watched_run_is_the_same_run():
         for k in METRICS: assert plain[k] == (watched[k] if exact else pytest.approx(watched[k], rel=.05)), (run_of(watched), k)
 
 class StopAfter(Callback):
-    order = study.Trace.order + 1
+    order = runs.Trace.order + 1
     def __init__(self, n): self.n = n
     def after_batch(self):
         if self.train_iter == self.n: raise CancelFitException
 
 def beginning(r, n):
     "What a watched run has found after n steps."
-    learn = study._learner(r, None)
-    with study._one_thread(): learn.fit(1 + n//len(learn.dls.train), r.lr, cbs=StopAfter(n))
+    learn = runs._learner(r, None)
+    with runs._one_thread(): learn.fit(1 + n//len(learn.dls.train), r.lr, cbs=StopAfter(n))
     return learn.trace.found
 
 watched = {f'{name}-{i}': row for name, df in files.items() for i, row in enumerate(df.to_dict('records')) if row.get('trace', 0) > 0 and row['seed'] == 0}
@@ -65,14 +66,14 @@ watched = {f'{name}-{i}': row for name, df in files.items() for i, row in enumer
 def test_a_run_begins_as_its_row_says(row):
     r = run_of(row)
     needs(r.data)
-    n = max(s for s in study.halvings(r.iters, r.trace) if s <= 320)
+    n = max(s for s in halvings(r.iters, r.trace) if s <= 320)
     found = beginning(r, n)
     assert any(k.endswith(f'@{n}') for k in found)
     for k, v in found.items(): assert v == pytest.approx(row[k], rel=.02, abs=.005 if k.startswith('valid') else 1e-6), k
 
 def test_another_strength_begins_otherwise():
     row = next(o for o in watched.values() if o['data'] == 'sin')
-    r, n = run_of(row), study.halvings(row['iters'], row['trace'])[3]
+    r, n = run_of(row), halvings(row['iters'], row['trace'])[3]
     found = beginning(replace(r, spect_reg=2*r.spect_reg), n)
     assert found[f'jac_train@{n}'] != pytest.approx(row[f'jac_train@{n}'], rel=.02)
 
