@@ -79,8 +79,8 @@ def _check_device(device):
 def _options(**options):
     "Those that are given, or an error that names the wrong one."
     given = {k: v for k,v in options.items() if v is not None}
-    for k in {'seeds', 'jobs'} & set(given):
-        if given[k] < 1: raise ValueError(f'--{k} {given[k]}: must be at least 1')
+    for k,low in dict(seeds=1, jobs=0).items():
+        if given.get(k, low) < low: raise ValueError(f'--{k} {given[k]}: must be at least {low}')
     if (backend := given.get('backend', 'loky')) not in ('loky', 'ray'): raise ValueError(f'--backend {backend}: choose loky (this machine) or ray (a cluster)')
     if 'device' in given and backend == 'loky': _check_device(given['device']) # a cluster may have what this machine has not
     return given
@@ -161,7 +161,7 @@ def _open(path, out):
 def run(
     study:str,        # name of a study, see `gradreg list`
     seeds:int=None,   # only runs with seeds below this; all of the study if not given
-    jobs:int=None,    # runs at a time; if not given one for each GPU, or without GPUs one for each core
+    jobs:int=None,    # runs at a time, 0 to train nothing; if not given one for each GPU, or without GPUs one for each core
     backend:str=None, # loky (processes of this machine, if not given) or ray (a cluster)
     device:str=None,  # where to train, such as cpu or cuda:1
     data:str=None,    # folder with data sets

@@ -130,7 +130,7 @@ def test_without_jupyter(repo, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize('args,said', [
-    (['--jobs', '0'], '--jobs 0: must be at least 1'), (['--seeds', '-1'], '--seeds -1: must be at least 1'), (['--backend', 'dask'], '--backend dask: choose loky'),
+    (['--jobs', '-1'], '--jobs -1: must be at least 0'), (['--seeds', '-1'], '--seeds -1: must be at least 1'), (['--backend', 'dask'], '--backend dask: choose loky'),
     (['--device', 'abacus'], '--device abacus: '), (['--data', 'no/where'], 'no/where: is not a folder'), (['--out', 'nbs/studies'], 'no notebook is ever overwritten')])
 def test_wrong_options(repo, capsys, monkeypatch, args, said):
     monkeypatch.setattr(cli, '_execute', lambda *_: pytest.fail('a kernel was started'))
