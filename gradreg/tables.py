@@ -112,14 +112,14 @@ def compare(
     by,              # column that tells the groups apart
     baseline,        # its value in the group that the others are compared with
     metric='test'    # column to compare
-)->pd.DataFrame: # a row per group: n, mean, sd, ci95, and of the paired difference: diff, diff_ci95, p (two-sided t-test)
+)->pd.DataFrame: # a row per group: n, mean, sd, ci95, and of the paired difference: pairs (seeds that both have), diff, diff_ci95, p (two-sided t-test)
     "Each group beside the baseline, paired over the seeds that both have."
     _need(df, ['seed', by, metric], 'the table')
     wide = df.pivot_table(index='seed', columns=by, values=metric, sort=False)
     if baseline not in wide: raise ValueError(f"no rows with {by}={baseline!r}: there are {list(wide)}")
     def paired(col):
         d = (wide[col] - wide[baseline]).dropna()
-        return dict(diff=d.mean(), diff_ci95=_half_width(d.std(), len(d)), p=stats.ttest_1samp(d, 0).pvalue if len(d) > 1 and d.any() else math.nan)
+        return dict(pairs=len(d), diff=d.mean(), diff_ci95=_half_width(d.std(), len(d)), p=stats.ttest_1samp(d, 0).pvalue if len(d) > 1 and d.any() else math.nan)
     return summarize(df, by, metric).join(pd.DataFrame({col: paired(col) for col in wide if col != baseline}).T)
 
 # %% ../nbs/04_tables.ipynb #4be9c0e1
@@ -175,17 +175,17 @@ def beside(
 
 # %% ../nbs/04_tables.ipynb #9269e1c0
 def effects(
-    ours:pd.DataFrame,   # what `compare` returns: a row per group with n, diff, diff_ci95
+    ours:pd.DataFrame,   # what `compare` returns: a row per group with pairs, diff, diff_ci95
     theirs:pd.DataFrame, # what `paper` returns, in the same unit and with the same names of groups
     baseline='baseline'  # the group that the others are compared with
-)->pd.DataFrame: # a row per other group: n, diff, diff_ci95, paper_n, paper_diff, paper_diff_ci95 (half-widths), verdict
+)->pd.DataFrame: # a row per other group: n (pairs), diff, diff_ci95, paper_n, paper_diff, paper_diff_ci95 (half-widths), verdict
     "Our paired differences to the baseline beside the paper's, and the verdict on its claim: confirmed, contradicted, not shown or not comparable."
     _check(ours=ours, theirs=theirs)
-    _need(ours, ['diff', 'diff_ci95'], 'ours')
+    _need(ours, ['pairs', 'diff', 'diff_ci95'], 'ours')
     if baseline not in theirs.index: raise ValueError(f"theirs has no group {baseline!r}: there are {list(theirs.index)}")
     diff,ci95 = welch(theirs, theirs.loc[[baseline]*len(theirs)].set_axis(theirs.index))
     theirs = pd.DataFrame(dict(paper_n=theirs.n, paper_diff=diff, paper_diff_ci95=ci95))
-    out = pd.concat([ours[['n', 'diff', 'diff_ci95']], theirs], axis=1).drop(index=baseline)
+    out = pd.concat([ours[['pairs', 'diff', 'diff_ci95']].rename(columns={'pairs': 'n'}), theirs], axis=1).drop(index=baseline)
     return out.assign(verdict=[_verdict(o.diff, o.diff_ci95, o.paper_diff) for o in out.itertuples()])
 
 def _verdict(diff, ci95, claimed):
@@ -195,11 +195,11 @@ def _verdict(diff, ci95, claimed):
 # %% ../nbs/04_tables.ipynb #c5746f92
 def claim(
     text:str,       # the claim, with its place in the paper
-    row:pd.Series,  # of the table that `compare` returns: n, diff, diff_ci95
+    row:pd.Series,  # of the table that `compare` returns: pairs, diff, diff_ci95
     sign:int        # 1 if it says that the difference is positive, -1 if negative, 0 if there is none
-)->dict: # claim, n, effect, ci95 (half-width), verdict: confirmed, contradicted, not shown; for `sign` 0: contradicted, not contradicted
+)->dict: # claim, n (pairs), effect, ci95 (half-width), verdict: confirmed, contradicted, not shown; for `sign` 0: contradicted, not contradicted
     "A claim beside our effect, with the verdict that the effect's 95 % interval gives (paper, section 4)."
     if sign not in (-1, 0, 1): raise ValueError(f"sign={sign}: the claimed difference is positive (1), negative (-1) or none (0)")
     diff,ci95 = row['diff'],row.diff_ci95
     none = 'not comparable' if math.isnan(diff + ci95) else 'contradicted' if abs(diff) > ci95 else 'not contradicted'
-    return dict(claim=text, n=int(row.n), effect=diff, ci95=ci95, verdict=_verdict(diff, ci95, sign) if sign else none)
+    return dict(claim=text, n=int(row.pairs), effect=diff, ci95=ci95, verdict=_verdict(diff, ci95, sign) if sign else none)

@@ -209,7 +209,7 @@ def test_compare_pairs_the_seeds_that_both_have():
     df = df[~((df.method == 'b') & df.seed.isin([0, 1])) & ~((df.method == 'a') & (df.seed == 7))]
     x = {m: df[(df.method == m) & df.seed.between(2, 6)].sort_values('seed').test.to_numpy() for m in 'ab'}
     out = compare(df, 'method', 'a')
-    assert out.p['b'] == pytest.approx(stats.ttest_rel(x['b'], x['a']).pvalue) and out.n['b'] == 6
+    assert out.p['b'] == pytest.approx(stats.ttest_rel(x['b'], x['a']).pvalue) and out.n['b'] == 6 and out.pairs['b'] == len(x['a'])
 
 
 @pytest.mark.filterwarnings('error')
@@ -342,8 +342,8 @@ def test_verdicts_err_as_often_as_they_say():
 def test_claims_err_as_often_as_they_say():
     rng = np.random.default_rng(2)
     ours = simulated(rng, 6, 1.)  # of paired differences around 0, whatever the paper claims
-    ours = ours.assign(diff=ours['mean'], diff_ci95=ours.sd/6**.5*stats.t.ppf(.975, 5))
-    ours.loc['baseline'] = [6, 0, 1, math.nan, math.nan]
+    ours = ours.assign(pairs=6, diff=ours['mean'], diff_ci95=ours.sd/6**.5*stats.t.ppf(.975, 5))
+    ours.loc['baseline'] = [6, 0, 1, math.nan, math.nan, math.nan]
     theirs = pd.DataFrame(dict(n=10, mean=1., sd=1.), index=ours.index)
     theirs.loc['baseline', 'mean'] = 0.
     out = effects(ours, theirs).verdict.value_counts(normalize=True)
@@ -385,7 +385,7 @@ def test_beside_with_several_columns():
 
 
 def compared(diff, ci95=1.):
-    return pd.DataFrame(dict(n=6, mean=[0., diff], sd=1., diff=[math.nan, diff], diff_ci95=[math.nan, ci95]), index=['baseline', 'x'])
+    return pd.DataFrame(dict(n=6, mean=[0., diff], sd=1., pairs=6, diff=[math.nan, diff], diff_ci95=[math.nan, ci95]), index=['baseline', 'x'])
 
 
 def claimed(diff, sd=1., n=10): return pd.DataFrame(dict(n=n, mean=[50., 50. + diff], sd=sd), index=['baseline', 'x'])
@@ -415,7 +415,7 @@ def test_effects_of_the_paper():
 @pytest.mark.parametrize('call,words', [
     (lambda a, b: beside(a.drop(columns='sd'), b), r"ours has no column \['sd'\]"), (lambda a, b: beside(a, b[['mean']]), r"theirs has no column \['n', 'sd'\]"),
     (lambda a, b: beside(pd.concat([a, a]), b), "ours has several rows for 'baseline'"), (lambda a, b: beside(a, pd.concat([b, b])), "theirs has several rows for 'baseline'"),
-    (lambda a, b: effects(b, b), r"ours has no column \['diff', 'diff_ci95'\]"), (lambda a, b: effects(a, b, 'plain'), "theirs has no group 'plain'.*'baseline', 'x'"),
+    (lambda a, b: effects(b, b), r"ours has no column \['pairs', 'diff', 'diff_ci95'\]"), (lambda a, b: effects(a, b, 'plain'), "theirs has no group 'plain'.*'baseline', 'x'"),
     (lambda a, b: effects(a, paper(6, path=CSV)), "theirs has no group 'baseline'.*FrobReg")])
 def test_wrong_tables(call, words):
     with pytest.raises(ValueError, match=words): call(compared(1.), claimed(1.))
