@@ -194,12 +194,17 @@ def _verdict(diff, ci95, claimed):
 
 # %% ../nbs/04_tables.ipynb #c5746f92
 def claim(
-    text:str,       # the claim, with its place in the paper
-    row:pd.Series,  # of the table that `compare` returns: pairs, diff, diff_ci95
-    sign:int        # 1 if it says that the difference is positive, -1 if negative, 0 if there is none
-)->dict: # claim, n (pairs), effect, ci95 (half-width), verdict: confirmed, contradicted, not shown; for `sign` 0: contradicted, not contradicted
+    text:str,           # the claim, with its place in the paper
+    table:pd.DataFrame, # what `compare` returns
+    group,              # of the table, the one that the claim is about
+    sign:int            # 1 if it says that the difference to the table's baseline is positive, -1 if negative, 0 if there is none
+)->dict: # claim, n (pairs), effect, ci95 (half-width), verdict: confirmed, contradicted, not shown, not run; for `sign` 0: contradicted, not contradicted, not run
     "A claim beside our effect, with the verdict that the effect's 95 % interval gives (paper, section 4)."
     if sign not in (-1, 0, 1): raise ValueError(f"sign={sign}: the claimed difference is positive (1), negative (-1) or none (0)")
-    diff,ci95 = row['diff'],row.diff_ci95
-    none = 'not comparable' if math.isnan(diff + ci95) else 'contradicted' if abs(diff) > ci95 else 'not contradicted'
-    return dict(claim=text, n=int(row.pairs), effect=diff, ci95=ci95, verdict=_verdict(diff, ci95, sign) if sign else none)
+    row = table[['pairs', 'diff', 'diff_ci95']].reindex([group]).fillna({'pairs': 0}).iloc[0]
+    return dict(claim=text, n=int(row.pairs), effect=row['diff'], ci95=row.diff_ci95, verdict=_says(row.pairs, row['diff'], row.diff_ci95, sign))
+
+def _says(n, diff, ci95, sign):
+    if n == 0: return 'not run'
+    if sign: return _verdict(diff, ci95, sign)
+    return 'not comparable' if math.isnan(ci95) else 'contradicted' if abs(diff) > ci95 else 'not contradicted'
