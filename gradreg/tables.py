@@ -179,14 +179,15 @@ def effects(
     theirs:pd.DataFrame, # what `paper` returns, in the same unit and with the same names of groups
     baseline='baseline'  # the group that the others are compared with
 )->pd.DataFrame: # a row per other group: n (pairs), diff, diff_ci95, paper_n, paper_diff, paper_diff_ci95 (half-widths), verdict
-    "Our paired differences to the baseline beside the paper's, and the verdict on its claim: confirmed, contradicted, not shown or not comparable."
+    "Our paired differences to the baseline beside the paper's, and the verdict on its sign: confirmed, contradicted, not shown or not comparable."
     _check(ours=ours, theirs=theirs)
     _need(ours, ['pairs', 'diff', 'diff_ci95'], 'ours')
     if baseline not in theirs.index: raise ValueError(f"theirs has no group {baseline!r}: there are {list(theirs.index)}")
     diff,ci95 = welch(theirs, theirs.loc[[baseline]*len(theirs)].set_axis(theirs.index))
     theirs = pd.DataFrame(dict(paper_n=theirs.n, paper_diff=diff, paper_diff_ci95=ci95))
     out = pd.concat([ours[['pairs', 'diff', 'diff_ci95']].rename(columns={'pairs': 'n'}), theirs], axis=1).drop(index=baseline)
-    return out.assign(verdict=[_verdict(o.diff, o.diff_ci95, o.paper_diff) for o in out.itertuples()])
+    def claimed(o): return 0 if abs(o.paper_diff) <= o.paper_diff_ci95 else o.paper_diff  # a difference that the paper itself does not show
+    return out.assign(verdict=[_verdict(o.diff, o.diff_ci95, claimed(o)) for o in out.itertuples()])
 
 def _verdict(diff, ci95, claimed):
     if math.isnan(diff + ci95 + claimed) or claimed == 0: return 'not comparable'

@@ -392,10 +392,10 @@ def claimed(diff, sd=1., n=10): return pd.DataFrame(dict(n=n, mean=[50., 50. + d
 
 
 @pytest.mark.parametrize('ours,theirs,verdict', [
-    (compared(2.), claimed(.5), 'confirmed'), (compared(-2.), claimed(-.5), 'confirmed'), (compared(-2.), claimed(.5), 'contradicted'), (compared(2.), claimed(-.5), 'contradicted'),
-    (compared(.9), claimed(.5), 'not shown'), (compared(-.9), claimed(.5), 'not shown'), (compared(1.), claimed(9.), 'not shown'), (compared(0., 0.), claimed(1.), 'not shown'),
+    (compared(2.), claimed(2.), 'confirmed'), (compared(-2.), claimed(-2.), 'confirmed'), (compared(-2.), claimed(2.), 'contradicted'), (compared(2.), claimed(-2.), 'contradicted'),
+    (compared(.9), claimed(2.), 'not shown'), (compared(-.9), claimed(2.), 'not shown'), (compared(1.), claimed(9.), 'not shown'), (compared(0., 0.), claimed(1.), 'not shown'),
     (compared(2., math.nan), claimed(1.), 'not comparable'), (compared(math.nan, math.nan), claimed(1.), 'not comparable'), (compared(math.nan), claimed(1.), 'not comparable'), (compared(2.), claimed(math.nan), 'not comparable'),
-    (compared(2.), claimed(0.), 'not comparable'),                             # without a sign there is no claim
+    (compared(2.), claimed(0.), 'not comparable'), (compared(2.), claimed(.9), 'not comparable'),  # what the paper does not show is no claim
     (compared(2.), claimed(1., math.nan), 'confirmed'),                        # the sign is there without a standard deviation
     (compared(2.), claimed(1.).rename(index={'x': 'y'}), 'not comparable'), (compared(2.), claimed(1., 1., 1), 'confirmed'), (compared(2.), claimed(1., 0.), 'confirmed')])
 @pytest.mark.filterwarnings('error')
