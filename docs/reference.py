@@ -20,8 +20,10 @@ def tree(name): return {n.name: n for n in ast.parse((root/f'gradreg/{name}.py')
 
 @cache
 def homes():
-    "Exported name -> the modules that export it."
-    return {o: [m for m in modules if o in module(m).__all__] for m in modules for o in module(m).__all__}
+    "Exported name -> the modules that define it; a chapter may offer names of earlier ones too."
+    return {o: [m for m in modules if o in own(m)] for m in modules for o in own(m)}
+
+def own(mod): return [o for o in module(mod).__all__ if o in tree(mod) or not callable(getattr(module(mod), o))]
 
 def role(name, here=None, text=None):
     "A link to an exported name, that of module `here` where several have it; code where there is none."
@@ -111,9 +113,14 @@ def page(mod, path, title):
     "The Markdown of a module's page; `path` and `title` are its chapter's."
     mine = module(mod)
     head = f'# gradreg.{mod}\n\n{sentence(mine, mod)} Chapter: [{title}](../{path}).\n\n```{{py:module}} gradreg.{mod}\n```\n\n'
-    return head + '\n'.join(entry(mod, o, (path, title)) for o in mine.__all__)
+    return head + '\n'.join(entry(mod, o, (path, title)) for o in own(mod)) + also(mod)
 
 def index():
     "The Markdown of the table of all names."
-    rows = [f'| [gradreg.{m}]({m}.md) | {" ".join(role(o, m) for o in module(m).__all__)} |' for m in modules]
+    rows = [f'| [gradreg.{m}]({m}.md) | {" ".join(role(o, m) for o in own(m))} |' for m in modules]
     return '\n'.join(['# Reference', '', 'Every exported name with its types, shapes and errors, made from the code itself.', '', '| module | names |', '|---|---|', *rows, ''])
+
+def also(mod):
+    "What can be imported from here and is defined elsewhere."
+    others = [role(o) for o in module(mod).__all__ if o not in own(mod)]
+    return f'\nCan be imported from here too: {", ".join(others)}.\n' if others else ''
