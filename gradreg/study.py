@@ -156,4 +156,5 @@ def readable(
     names = {cb.__name__: key for key,cb in sorted(REGULARIZERS.items())}
     method = [' + '.join(name for name,key in names.items() if o[key] > 0) or 'baseline' for o in df.to_dict('records')]
     net = ['BatchNorm' if o.bn else 'dropout' if o.p_drop else 'plain' for o in df.itertuples()]
+    df = df.reindex(columns=dict.fromkeys([*df, 'test', 'valid']))  # a table without rows has no metrics yet
     return df.assign(method=method, net=net, accuracy=100*df.test)

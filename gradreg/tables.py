@@ -120,7 +120,8 @@ def compare(
     def paired(col):
         d = (wide[col] - wide[baseline]).dropna()
         return dict(pairs=len(d), diff=d.mean(), diff_ci95=_half_width(d.std(), len(d)), p=stats.ttest_1samp(d, 0).pvalue if len(d) > 1 and d.any() else math.nan)
-    return summarize(df, by, metric).join(pd.DataFrame({col: paired(col) for col in wide if col != baseline}).T)
+    diffs = pd.DataFrame.from_dict({col: paired(col) for col in wide if col != baseline}, orient='index', columns=['pairs', 'diff', 'diff_ci95', 'p'])
+    return summarize(df, by, metric).join(diffs)
 
 # %% ../nbs/04_tables.ipynb #4be9c0e1
 def _paper_csv():

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from gradreg.tables import append_row, beside, compare, effects, load_rows, paper, results, summarize, welch
+from gradreg.tables import append_row, beside, claim, compare, effects, load_rows, paper, results, summarize, welch
 
 CSV = Path(__file__).resolve().parents[1]/'nbs/studies/paper.csv'
 KEY = dict(data='mnist', lr=1e-3, every=1, bn=False, seed=0)
@@ -213,6 +213,13 @@ def test_compare_pairs_the_seeds_that_both_have():
 
 
 @pytest.mark.filterwarnings('error')
+def test_compare_with_nothing_to_compare():
+    df = table(n=3)
+    out = compare(df[df.method == 'a'], 'method', 'a')
+    assert out.index.tolist() == ['a'] and [*out] == ['n', 'mean', 'sd', 'ci95', 'pairs', 'diff', 'diff_ci95', 'p'] and out['diff'].isna().all()
+    assert claim('b is better', out, 'b', 1)['verdict'] == 'not run' and effects(out, pd.DataFrame(dict(n=10, mean=[1., 2.], sd=.1), index=['a', 'b']), 'a').verdict['b'] == 'not comparable'
+
+
 def test_compare_edges():
     df = table()
     assert compare(df, 'bn', False).loc[True, 'n'] == 6 and np.isfinite(compare(df[df.method != 'b'], 'bn', False).p[True])
