@@ -26,9 +26,9 @@ _KEY = asdict(Run())
 
 # %% ../nbs/20_study.ipynb #cd22037f
 def _cost(r):
-    "Estimated work of a run, in plain steps (measured on LeNet-5: chapter Callbacks)."
+    "Estimated work of a run, in plain steps (measured on LeNet-5 by the benchmark, studies/90_bench)."
     projected = bool(r.double_back) + bool(r.spect_reg)
-    return r.iters*(1 + (projected + 9*(bool(r.jac_reg) + bool(r.frob_reg)))/r.every)
+    return r.iters*(1 + (projected + 11*(bool(r.jac_reg) + bool(r.frob_reg)))/r.every)
 
 def _failed(r, e): return dict(asdict(r), status=f'{type(e).__name__}: {" ".join(str(e).split())[:300]}')
 
