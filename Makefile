@@ -27,7 +27,7 @@ test-latest: ## the installed package alone, with the newest fastai and fastcore
 	.venv-latest/bin/python -m pip install -q -U . pytest
 	cd tests && ../.venv-latest/bin/python -m pytest -q -p no:cacheprovider test_latest.py
 
-study: install ## the first study: train, compare, write figures and a page (about three minutes)
+study: install ## the first study: train, compare, write figures and a page (a few minutes)
 	.venv/bin/gradreg run digits --results nbs/studies/out/digits
 
 bench: install ## what a penalty costs: time and memory of a step, loops and loaders compared (about three minutes)

@@ -7,6 +7,7 @@ __all__ = ['GradReg', 'SpectReg', 'FrobReg', 'JacReg', 'DoubleBack', 'Confidence
 
 # %% ../nbs/10_callbacks.ipynb #a1ecc316
 import math
+from numbers import Real
 from statistics import mean
 import torch
 from fastai.callback.core import Callback
@@ -35,7 +36,7 @@ class GradReg(Callback):
         lam:float,  # the paper's lambda, finite, at least 0; with 0 training is the same bit for bit as without the callback
         every:int=1 # apply on each `every`-th batch, with weight `every*lam` (lazy regularization, Karras et al. 2020)
     ):
-        if isinstance(lam, str) or not (math.isfinite(lam) and lam >= 0): raise ValueError(f"lam={lam!r}: the strength must be a finite number, at least 0")
+        if not (isinstance(lam, Real) and math.isfinite(lam) and lam >= 0): raise ValueError(f"lam={lam!r}: the strength must be a finite number, at least 0")
         if not (isinstance(every, int) and every > 0): raise ValueError(f"every={every}: must be a whole number, at least 1 (each batch)")
         self.lam,self.every = lam,every
         self._start_record()

@@ -206,6 +206,7 @@ def tune(
     runs = study.grid(base, **axes, seed=seeds)
     if base.data != 'sin' and not find_arrays(base.data): load_arrays(base.data) # an unknown name fails here, a download is not made by each worker
     rows = study.run_all(runs, results, **options)
+    if rows.empty: raise ValueError(f'{results} holds none of these runs, and nothing was trained: call again without --jobs 0')
     if not (rows.status == 'ok').any(): raise ValueError(f'no run came to its end: the column status of {results} says why')
     best = getattr(study.tune(base, results, seeds, **options, **axes), method) # reads, as all is trained by now
     table = study.summarize(rows[rows.status == 'ok'], method, 'valid').rename(index='{:g}'.format).round(4)

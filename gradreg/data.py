@@ -18,6 +18,7 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import CategoryMap
+from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.torch_core import default_device
 from PIL import Image
 from scipy.special import ndtri
@@ -281,6 +282,8 @@ class ArrayDS:
 
     @property
     def c(self): return len(self.vocab) if self.vocab else self.y.shape[1] # fastai: how many outputs a model needs
+    @property
+    def loss_func(self): return MSELossFlat() if self.y.is_floating_point() else CrossEntropyLossFlat() # fastai: where none is given
     @property
     def tensors(self): return (self.x,) if self.y is None else (self.x, self.y)
     def __len__(self): return len(self.x)

@@ -26,9 +26,9 @@ _KEY = asdict(Run())
 
 # %% ../nbs/20_study.ipynb #cd22037f
 def _cost(r):
-    "Estimated work of a run, in plain steps (measured on LeNet-5: chapter Callbacks)."
+    "Estimated work of a run, in plain steps (measured on LeNet-5 by the benchmark, studies/90_bench)."
     projected = bool(r.double_back) + bool(r.spect_reg)
-    return r.iters*(1 + (projected + 9*(bool(r.jac_reg) + bool(r.frob_reg)))/r.every)
+    return r.iters*(1 + (projected + 11*(bool(r.jac_reg) + bool(r.frob_reg)))/r.every)
 
 def _failed(r, e): return dict(asdict(r), status=f'{type(e).__name__}: {" ".join(str(e).split())[:300]}')
 
@@ -63,7 +63,7 @@ def _on_processes(todo, jobs, device):
 def _on_ray(todo, jobs, device):
     "(Run, row) as each ends, from a Ray cluster: the one RAY_ADDRESS names, or one that runs here, or a new one. One GPU per run where there are GPUs."
     try: import ray  # here: an extra, and slow to import
-    except ImportError as e: raise ImportError("backend='ray' needs Ray: pip install 'gradreg[ray]'") from e
+    except ImportError as e: raise ImportError("backend='ray' needs Ray: pip install ray") from e
     if not ray.is_initialized(): ray.init(log_to_driver=False)
     task = ray.remote(num_cpus=1, num_gpus=min(1, ray.cluster_resources().get('GPU', 0)), max_retries=3)(_task)  # retried if its worker dies
     waiting,flying = iter(todo),{}
@@ -117,7 +117,7 @@ def run_all(
     runs,         # Runs
     path,         # result file, csv; made if it does not exist
     jobs=None,    # runs at a time, 0 to train nothing and take what is there; None: GRADREG_JOBS, or one for each GPU, or each core; on Ray as many as fit
-    backend=None, # 'loky' (processes of this machine) or 'ray' (a cluster; needs `pip install 'gradreg[ray]'`); None: GRADREG_BACKEND, or 'loky'
+    backend=None, # 'loky' (processes of this machine) or 'ray' (a cluster; needs `pip install ray`); None: GRADREG_BACKEND, or 'loky'
     device=None   # where to train; None: GRADREG_DEVICE, or fastai's default device
 )->pd.DataFrame: # the rows of these runs, in their order
     "Train the runs that the file does not hold yet and return the rows of all. Can be interrupted and started again at any time."

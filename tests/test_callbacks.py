@@ -1,5 +1,5 @@
 "The penalties in a fastai Learner: what is known to go wrong (by the number of the pitfall), and what users do"
-import copy, gc, math, sys, weakref
+import copy, gc, math, re, sys, weakref
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback, CancelFitException, CancelTrainException
@@ -176,10 +176,12 @@ def test_lam_0_changes_nothing_bit_for_bit(cb, net, opt_func):
     assert not any(b.needs_grad for b in spy.batches)
     assert not same(plain, fit(cb(1e-3), **kw))
 
-@pytest.mark.parametrize('lam', [-1, -1e-12, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize('lam', [-1, -1e-12, math.nan, math.inf, -math.inf, None, [1], '1', 1j])
 @each
 def test_bad_lam(name, lam):
-    with pytest.raises(ValueError, match=f'lam={lam}: .*finite number, at least 0'): CASES[name][0](lam)
+    with pytest.raises(ValueError, match=f'{re.escape(f"lam={lam!r}")}: .*finite number, at least 0'): CASES[name][0](lam)
+
+def test_numpys_numbers_are_strengths(): assert not same(fit(), fit(FrobReg(np.float32(.1))))
 
 @pytest.mark.parametrize('every', [0, -1, 1.5, 2., '2', None])
 @each

@@ -394,6 +394,11 @@ def test_tune_says_why_runs_failed(repo, capsys):
     assert 'multiple of the 10 classes' in reason and end == 'gradreg: no run came to its end: the column status of tune.csv says why'
 
 
+def test_tune_without_training_says_that_nothing_is_there(repo, capsys):
+    assert cli.main(['tune', '--method', 'wd', '--lams', '0', '--data', 'digits', '--jobs', '0']) == 2
+    assert 'tune.csv holds none of these runs, and nothing was trained' in one_line(capsys.readouterr().err) and not Path('tune.csv').exists()
+
+
 @pytest.mark.parametrize('when,sig', [('a cell runs', signal.SIGINT), ('the kernel starts', signal.SIGTERM)])
 def test_ctrl_c(repo, when, sig):
     notebook(repo/'nbs/studies/53_slow.ipynb', 'Slow?', "from pathlib import Path; Path('here').write_text('')", 'import time; time.sleep(100)')

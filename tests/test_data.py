@@ -573,6 +573,14 @@ def test_learner(tmp_path):
     assert [len(o.dataset) for o in loaded.dls] == [0, 0, 0] and loaded.dls.vocab == list('0123')
 
 
+def test_a_learner_finds_its_loss_in_the_data():
+    for dls,want in (image_dls(named(), 10, 20, bs=8, device='cpu'), F.cross_entropy), (sin_dls(20, n_valid=10, bs=8, device='cpu'), F.mse_loss):
+        x,y = dls.valid.dataset[:]
+        learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), dls.c)))
+        assert np.isclose(learn.validate()[0], want(learn.model(x), y).item())
+    with pytest.raises(AssertionError, match='loss function'): Learner(types.SimpleNamespace(train_ds=ArrayDS(x)), learn.model)  # no targets
+
+
 def test_fastais_interpretation_counts_each_class():
     from fastai.interpret import ClassificationInterpretation
     learn = learner(image_dls(named(), 10, 20, bs=8, device='cpu'))

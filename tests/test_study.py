@@ -454,7 +454,7 @@ def free_ports(n):
 @pytest.fixture(scope='module')
 def ray_head(tmp_path_factory):
     "A cluster of two workers on this machine, started as an administrator would, and RAY_ADDRESS set to it"
-    if importlib.util.find_spec('ray') is None: pytest.skip("Ray is not installed: pip install 'gradreg[ray]'")
+    if importlib.util.find_spec('ray') is None: pytest.skip("Ray is not installed: pip install ray")
     port, *agents = free_ports(5)
     env = dict(RAY_ADDRESS=f'127.0.0.1:{port}', RAY_AUTH_MODE='token', RAY_AUTH_TOKEN=uuid.uuid4().hex, RAY_raylet_start_wait_time_s='180')
     log = tmp_path_factory.mktemp('ray')/'head.log'
