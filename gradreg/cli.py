@@ -99,7 +99,9 @@ def _client(nb, folder):
     from nbclient import NotebookClient
     class Client(NotebookClient):
         stopped,running = None,False
-        def stop(self): self.stopped = asyncio.ensure_future(self.km.interrupt_kernel()) if self.running else True
+        def stop(self): self.stopped = asyncio.ensure_future(self.interrupt()) if self.running else True
+        async def interrupt(self):
+            while self.running: await self.km.interrupt_kernel(); await asyncio.sleep(5) # one that comes just before a cell begins is lost
         async def async_start_new_kernel(self, **kwargs):
             for sig in signal.SIGINT, signal.SIGTERM: # nbclient's own handler kills the kernel, and then trips over that
                 with suppress(NotImplementedError, RuntimeError): asyncio.get_running_loop().add_signal_handler(sig, self.stop)
@@ -107,12 +109,11 @@ def _client(nb, folder):
         async def async_execute_cell(self, *args, **kwargs):
             if self.stopped: raise RuntimeError('stopped between two cells')
             self.running = True
-            return await super().async_execute_cell(*args, **kwargs)
+            try: return await super().async_execute_cell(*args, **kwargs)
+            finally: self.running = False
         def process_message(self, msg, cell, cell_index):
-            if msg['msg_type'] == 'stream' and msg['content']['name'] == 'stderr':
-                print(msg['content']['text'], end='', file=sys.stderr, flush=True)
-                return None
-            return super().process_message(msg, cell, cell_index)
+            if msg['msg_type'] != 'stream' or msg['content']['name'] != 'stderr': return super().process_message(msg, cell, cell_index)
+            print(msg['content']['text'], end='', file=sys.stderr, flush=True)
     return Client(nb, timeout=None, kernel_name='python3', extra_arguments=['--log-level=ERROR'], resources={'metadata': {'path': str(folder)}})
 
 def _execute(nb, folder, env):
@@ -245,6 +246,5 @@ def main(
         warnings.showwarning = lambda message,*_: _say(message)
         try: COMMANDS[name](**{k: v for k,v in _parse(name, rest).items() if k not in ('pdb', 'xtra')})
         except KeyboardInterrupt: return _say('stopped; the same command goes on from here', 130)
-        except _Failed as e: return _say(e, 1)
-        except (ImportError, ValueError, OSError) as e: return _say(e, 2)
+        except (_Failed, ImportError, ValueError, OSError) as e: return _say(e, 1 if isinstance(e, _Failed) else 2)
     return 0

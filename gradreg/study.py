@@ -122,7 +122,7 @@ def run_all(
     "Train the runs that the file does not hold yet and return the rows of all. Can be interrupted and started again at any time."
     jobs,backend,device = _asked(jobs, backend, device)
     runs,path = _chosen(runs),Path(path)
-    if os.environ.get('GRADREG_SMOKE'): runs,jobs,backend = _smoke(runs),1,'loky'
+    if os.environ.get('GRADREG_SMOKE'): runs,jobs,backend = _smoke(runs),0 if jobs == 0 else 1,'loky'
     if jobs != 0: _train_all(_missing(runs, path), path, jobs, backend, device)
     df = _rows(runs, path)
     for status in df.status[~df.status.isin(DONE)]: warnings.warn(f'a run failed and will be tried again next time: {status}')
