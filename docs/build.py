@@ -8,6 +8,7 @@ here = Path(__file__).resolve().parent
 root = here.parent
 sys.path.insert(0, str(here))
 import reference, tables
+from gradreg.runs import REGULARIZERS
 from make_readme import directives
 from reference import cfg, github
 
@@ -88,7 +89,7 @@ def contents(paths, pages):
     "The navigation: what is there, in the order of the book."
     names = [p.with_suffix('').as_posix() for p in paths]
     studies = sorted((o for o in names if o.startswith('studies/')), key=lambda o: (not o.endswith('/index'), o))
-    parts = {'Start': ['Home <self>', *(o for o in ('install', 'training', 'slider', 'extend') if o in pages)], 'Regularizers': [f'regularizers/{o}' for o in tables.regularizers],
+    parts = {'Start': ['Home <self>', *(o for o in ('install', 'training', 'slider', 'extend') if o in pages)], 'Regularizers': [f'regularizers/{o}' for o in REGULARIZERS],
              'Chapters': [o for o in names if re.match(r'\d\d_', o)], 'Studies': studies, 'Reference': ['api/index', 'changelog', 'citation']}
     return '\n'.join(toctree(docs, caption) for caption,docs in parts.items())
 

@@ -1,11 +1,11 @@
-"What pages say in numbers, taken from result files, from notebooks' stored outputs and from strengths.csv."
+"What pages say in numbers, taken from result files and from docs/*.csv."
 import json, re
 from pathlib import Path
 import pandas as pd
+from gradreg.runs import REGULARIZERS
 
 here = Path(__file__).resolve().parent
 root = here.parent
-regularizers = {'double_back': 'DoubleBack', 'jac_reg': 'JacReg', 'frob_reg': 'FrobReg', 'spect_reg': 'SpectReg', 'confidence_penalty': 'ConfidencePenalty'}
 networks = {'lenet5': 'LeNet-5', 'cifar_resnet': 'ResNet', 'resnet18': 'ResNet-18'}
 setting = ['data', 'model', 'n_train', 'wd', 'p_drop', 'bn', 'iters', 'bs', 'probe', 'every']
 
@@ -49,10 +49,10 @@ def authors(name):
 
 def tuned(column, results):
     "The strength with the best mean validation metric, where a result file holds several strengths of this regularizer alone."
-    others = [o for o in regularizers if o != column]
+    others = [o for o in REGULARIZERS if o != column]
     for path in sorted(results.glob('*.csv')):
         df = pd.read_csv(path)
-        if not {*setting, *regularizers, 'valid', 'seed', 'status'} <= set(df) or 'sin' in set(df.data): continue
+        if not {*setting, *REGULARIZERS, 'valid', 'seed', 'status'} <= set(df) or 'sin' in set(df.data): continue
         if 'shared_probe' in df: df = df[df.shared_probe != True]  # blank in older rows
         df = df[(df.status == 'ok') & (df[column] > 0) & (df[others] == 0).all(axis=1)]
         for key,rows in df.groupby(setting):
@@ -64,11 +64,11 @@ def tuned(column, results):
             tried = ', '.join(f'{i:g}' for i in mean.index)
             yield {'data': f'{o["data"]}, {o["n_train"]} points', 'network': net, 'strength': f'{mean.idxmax():g}', 'from': f'our runs: best on validation points of {tried} ({seeds.min()} seeds)'}
 
-def strengths(column, results): return markdown(pd.concat([authors(regularizers[column]), pd.DataFrame(tuned(column, results))]))
+def strengths(column, results): return markdown(pd.concat([authors(REGULARIZERS[column].__name__), pd.DataFrame(tuned(column, results))]))
 
 def all_tables(results):
     "Everything that a page may name in double braces on a line of its own."
-    return {f'{kind}_{c}': o for c,name in regularizers.items() for kind,o in (('strengths', strengths(c, results)), ('cost', cost(c, results)))}
+    return {f'{kind}_{c}': o for c in REGULARIZERS for kind,o in (('strengths', strengths(c, results)), ('cost', cost(c, results)))}
 
 # ---------------------------------------------------------------- the slider
 
