@@ -60,7 +60,8 @@ def data(
     "Say where a data set lies, fetching it if need be, and what is in it."
     if name == 'sin': return print('sin: no arrays; gradreg.data.sin_dls makes noisy points of sin(5x) on [-1, 1] for each seed')
     from numpy import bincount
-    from gradreg.data import channel_stats, find_arrays, load_arrays
+    from gradreg.arrays import find_arrays, load_arrays
+    from gradreg.data import channel_stats
     there = find_arrays(name)
     a,kept = load_arrays(name),find_arrays(name)
     print(f'{name}: {there or (f"{kept}, downloaded just now" if kept else "made just now, in no file")}')
@@ -90,7 +91,7 @@ def _environment(given, **folders):
     for k,v in folders.items():
         if v := v or os.environ.get(f'GRADREG_{k.upper()}'): given[k] = Path(v).expanduser().resolve()
     if 'data' in given and not given['data'].is_dir(): raise ValueError(f"--data {given['data']}: is not a folder")
-    return {**os.environ, 'PYTHONWARNINGS': 'ignore,default:::gradreg.study,default:::gradreg.data', **{f'GRADREG_{k.upper()}': str(v) for k,v in given.items()}}
+    return {**os.environ, 'PYTHONWARNINGS': 'ignore,default:::gradreg.study,default:::gradreg.arrays', **{f'GRADREG_{k.upper()}': str(v) for k,v in given.items()}}
 
 # %% ../nbs/22_cli.ipynb #118ffb70
 class _Failed(Exception): pass
@@ -199,17 +200,16 @@ def tune(
 ):
     "Choose a strength by the mean metric on validation points; the test set plays no part."
     from gradreg import study
-    from gradreg.data import find_arrays, load_arrays
+    from gradreg.arrays import find_arrays, load_arrays
     base,options = study.Run(**kwargs),_options(seeds=seeds, jobs=jobs, backend=backend, device=device)
     if not isinstance(getattr(base, str(method), None), float): raise ValueError(f"--method {method}: choose {', '.join(study.REGULARIZERS)}, wd or p_drop")
     if not lams: raise ValueError('--lams: say which strengths to choose from, such as --lams .01,.03,.1')
-    axes,seeds = {method: lams},range(options.pop('seeds'))
-    runs = study.grid(base, **axes, seed=seeds)
+    runs = study.grid(base, **{method: lams}, seed=range(options.pop('seeds')))
     if base.data != 'sin' and not find_arrays(base.data): load_arrays(base.data) # an unknown name fails here, a download is not made by each worker
     rows = study.run_all(runs, results, **options)
     if rows.empty: raise ValueError(f'{results} holds none of these runs, and nothing was trained: call again without --jobs 0')
     if not (rows.status == 'ok').any(): raise ValueError(f'no run came to its end: the column status of {results} says why')
-    best = getattr(study.tune(base, results, seeds, **options, **axes), method) # reads, as all is trained by now
+    best = getattr(study.choose(base, rows, [method]), method)
     table = study.summarize(rows[rows.status == 'ok'], method, 'valid').rename(index='{:g}'.format).round(4)
     print(f"{base.data}, {base.model}, {base.n_train:,} training points, {base.iters:,} steps: {'mean squared error' if base.data == 'sin' else 'accuracy'} "
           f"on {base.n_valid:,} validation points\n\n{table}\n\nbest: {method} = {best:g}"
