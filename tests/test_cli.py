@@ -10,7 +10,7 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from gradreg import cli, data as gdata, study
+from gradreg import arrays, cli, study
 from gradreg.study import Run, append_row, grid, load_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -323,8 +323,8 @@ def test_data_where_it_is_from(repo, capsys, monkeypatch):
         npz(repo/'cache', 'other')
         (repo/'cache/gradreg').mkdir()
         (repo/'cache/other.npz').rename(repo/'cache/gradreg/mnist.npz')
-        return gdata._read_npz(repo/'cache/gradreg/mnist.npz')
-    monkeypatch.setattr(gdata, '_download', download)
+        return arrays._read_npz(repo/'cache/gradreg/mnist.npz')
+    monkeypatch.setattr(arrays, '_download', download)
     for end in ', downloaded just now', '':
         assert cli.main(['data', 'mnist']) == 0 and capsys.readouterr().out.splitlines()[0] == f"mnist: {repo/'cache/gradreg/mnist.npz'}{end}"
 

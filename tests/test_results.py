@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from fastai.callback.core import Callback, CancelFitException
 from gradreg import runs
-from gradreg.data import find_arrays
+from gradreg.arrays import find_arrays
 from gradreg.runs import PROTOCOL, Run, halvings, run
 from gradreg.tables import load_rows
 
