@@ -120,7 +120,7 @@ def compare(
     def paired(col):
         d = (wide[col] - wide[baseline]).dropna()
         return dict(pairs=len(d), diff=d.mean(), diff_ci95=_half_width(d.std(), len(d)), p=stats.ttest_1samp(d, 0).pvalue if len(d) > 1 and d.any() else math.nan)
-    diffs = pd.DataFrame.from_dict({col: paired(col) for col in wide if col != baseline}, orient='index', columns=['pairs', 'diff', 'diff_ci95', 'p'])
+    diffs = pd.DataFrame.from_dict({col: paired(col) for col in wide if col != baseline}, orient='index', columns=['pairs', 'diff', 'diff_ci95', 'p']).astype({'pairs': 'Int64'})  # whole also beside the baseline's blank
     return summarize(df, by, metric).join(diffs)
 
 # %% ../nbs/04_tables.ipynb #4be9c0e1
@@ -157,6 +157,7 @@ def welch(
 
 # %% ../nbs/04_tables.ipynb #d34873b5
 _columns = ['n', 'mean', 'sd']
+_whole = dict.fromkeys(['n', 'paper_n'], 'Int64')  # whole numbers, although some groups have none
 
 def _check(**tables):
     for name,df in tables.items():
@@ -170,7 +171,7 @@ def beside(
     "Our means beside the paper's, with Welch's 95 % interval of the gap and the verdict it gives: matches, differs or not comparable."
     _check(ours=ours, theirs=theirs)
     gap,ci95 = welch(ours, theirs)
-    out = pd.concat([ours[_columns], theirs[_columns].add_prefix('paper_')], axis=1).assign(gap=gap, gap_ci95=ci95)
+    out = pd.concat([ours[_columns], theirs[_columns].add_prefix('paper_')], axis=1).astype(_whole).assign(gap=gap, gap_ci95=ci95)
     def verdict(o): return 'not comparable' if math.isnan(o.gap + o.gap_ci95) else 'matches' if abs(o.gap) <= o.gap_ci95 else 'differs'
     return out.assign(verdict=[verdict(o) for o in out.itertuples()])
 
@@ -186,7 +187,7 @@ def effects(
     if baseline not in theirs.index: raise ValueError(f"theirs has no group {baseline!r}: there are {list(theirs.index)}")
     diff,ci95 = welch(theirs, theirs.loc[[baseline]*len(theirs)].set_axis(theirs.index))
     theirs = pd.DataFrame(dict(paper_n=theirs.n, paper_diff=diff, paper_diff_ci95=ci95))
-    out = pd.concat([ours[['pairs', 'diff', 'diff_ci95']].rename(columns={'pairs': 'n'}), theirs], axis=1).drop(index=baseline)
+    out = pd.concat([ours[['pairs', 'diff', 'diff_ci95']].rename(columns={'pairs': 'n'}), theirs], axis=1).astype(_whole).drop(index=baseline)
     def claimed(o): return 0 if abs(o.paper_diff) <= o.paper_diff_ci95 else o.paper_diff  # a difference that the paper itself does not show
     return out.assign(verdict=[_verdict(o.diff, o.diff_ci95, claimed(o)) for o in out.itertuples()])
 
@@ -203,8 +204,9 @@ def claim(
 )->dict: # claim, n (pairs), effect, ci95 (half-width), verdict: confirmed, contradicted, not shown, not run; for `sign` 0: contradicted, not contradicted, not run
     "A claim beside our effect, with the verdict that the effect's 95 % interval gives (paper, section 4)."
     if sign not in (-1, 0, 1): raise ValueError(f"sign={sign}: the claimed difference is positive (1), negative (-1) or none (0)")
-    row = table[['pairs', 'diff', 'diff_ci95']].reindex([group]).fillna({'pairs': 0}).iloc[0]
-    return dict(claim=text, n=int(row.pairs), effect=row['diff'], ci95=row.diff_ci95, verdict=_says(row.pairs, row['diff'], row.diff_ci95, sign))
+    n,effect,ci95 = (table[c].reindex([group]).iloc[0] for c in ('pairs', 'diff', 'diff_ci95'))
+    n = 0 if pd.isna(n) else int(n)
+    return dict(claim=text, n=n, effect=effect, ci95=ci95, verdict=_says(n, effect, ci95, sign))
 
 def _says(n, diff, ci95, sign):
     if n == 0: return 'not run'

@@ -379,7 +379,7 @@ def test_beside_keeps_order_and_missing_groups():
     out = beside(ours, theirs)
     assert out.index.tolist() == ['b', 'a', 'c', 'z'] and out.verdict[['c', 'z']].eq('not comparable').all() and out.gap[['c', 'z']].isna().all()
     assert [*out] == ['n', 'mean', 'sd', 'paper_n', 'paper_mean', 'paper_sd', 'gap', 'gap_ci95', 'verdict']
-    assert out.gap['b'] == pytest.approx(ours['mean']['b']) and math.isnan(out.paper_mean['c']) and math.isnan(out.n['z'])
+    assert out.gap['b'] == pytest.approx(ours['mean']['b']) and math.isnan(out.paper_mean['c']) and pd.isna(out.n['z']) and str(out.n.dtype) == str(out.paper_n.dtype) == 'Int64'
     assert [*beside(compare(table(), 'method', 'a'), theirs)] == [*out]
 
 
