@@ -200,12 +200,10 @@ def tune(
 ):
     "Choose a strength by the mean metric on validation points; the test set plays no part."
     from gradreg import study
-    from gradreg.arrays import find_arrays, load_arrays
     base,options = study.Run(**kwargs),_options(seeds=seeds, jobs=jobs, backend=backend, device=device)
     if not isinstance(getattr(base, str(method), None), float): raise ValueError(f"--method {method}: choose {', '.join(study.REGULARIZERS)}, wd or p_drop")
     if not lams: raise ValueError('--lams: say which strengths to choose from, such as --lams .01,.03,.1')
     runs = study.grid(base, **{method: lams}, seed=range(options.pop('seeds')))
-    if base.data != 'sin' and not find_arrays(base.data): load_arrays(base.data) # an unknown name fails here, a download is not made by each worker
     rows = study.run_all(runs, results, **options)
     if rows.empty: raise ValueError(f'{results} holds none of these runs, and nothing was trained: call again without --jobs 0')
     if not (rows.status == 'ok').any(): raise ValueError(f'no run came to its end: the column status of {results} says why')

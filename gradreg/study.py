@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from joblib import Parallel, cpu_count, delayed, parallel_config
 from tqdm import tqdm
+from .arrays import find_arrays, load_arrays
 from .runs import REGULARIZERS, Run, grid, run
 from .tables import DONE, append_row, compare, load_rows, results, summarize
 
@@ -108,6 +109,11 @@ def _asked(jobs, backend, device):
     if jobs is None and backend != 'ray': jobs = torch.cuda.device_count() or cpu_count()
     return None if jobs is None else int(jobs),backend or 'loky',device or None
 
+def _need_data(runs):
+    "An unknown data set, or no network to fetch it, is one error here and not one failed row per run; and no worker downloads what another does."
+    for name in {r.data for r in runs} - {'sin'}:
+        if not find_arrays(name): load_arrays(name)
+
 def _chosen(runs):
     "The runs with seeds below GRADREG_SEEDS, where that is set; each once."
     n = os.environ.get('GRADREG_SEEDS') or math.inf
@@ -124,7 +130,9 @@ def run_all(
     jobs,backend,device = _asked(jobs, backend, device)
     runs,path = _chosen(runs),Path(path)
     if os.environ.get('GRADREG_SMOKE'): runs,jobs,backend = _smoke(runs),0 if jobs == 0 else 1,'loky'
-    if jobs != 0: _train_all(_missing(runs, path), path, jobs, backend, device)
+    todo = _missing(runs, path) if jobs != 0 else []
+    if backend == 'loky': _need_data(todo)  # a cluster may have what this machine has not
+    _train_all(todo, path, jobs, backend, device)
     df = _rows(runs, path)
     for status in df.status[~df.status.isin(DONE)]: warnings.warn(f'a run failed and will be tried again next time: {status}')
     return df

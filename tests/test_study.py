@@ -276,6 +276,17 @@ def test_failures_and_divergence_do_not_stop_the_rest(path, trained):
     pd.testing.assert_frame_equal(df, again)
 
 
+def test_a_data_set_that_is_not_there_is_one_error(path, trained, monkeypatch, tmp_path):
+    monkeypatch.delenv('GRADREG_DATA', raising=False)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    def no_network(*args, **kwargs): raise OSError('no network')
+    monkeypatch.setattr('urllib.request.urlopen', no_network)
+    for name, error, said in ('mnits', ValueError, 'Did you mean mnist'), ('mnist', ConnectionError, 'set GRADREG_DATA'):
+        with pytest.raises(error, match=said): run_all(grid(replace(DIGITS, data=name), seed=range(9)) + [SIN], path, jobs=1)
+    assert not trained and not path.exists()
+    assert run_all([replace(DIGITS, data='mnist')], path, jobs=0).empty  # who only reads needs no data
+
+
 def test_failed_row_gives_way(path, monkeypatch):
     monkeypatch.setattr(study, 'run', lambda r, device=None: 1/0)
     with pytest.warns(UserWarning, match='ZeroDivisionError'): run_all([SIN], path, jobs=1)
