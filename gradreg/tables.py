@@ -157,6 +157,7 @@ def welch(
 
 # %% ../nbs/04_tables.ipynb #d34873b5
 _columns = ['n', 'mean', 'sd']
+_few = 3  # fewer runs or pairs than this give no verdict: accuracies lie on a grid, and two can agree by chance
 _whole = dict.fromkeys(['n', 'paper_n'], 'Int64')  # whole numbers, although some groups have none
 
 def _check(**tables):
@@ -172,7 +173,7 @@ def beside(
     _check(ours=ours, theirs=theirs)
     gap,ci95 = welch(ours, theirs)
     out = pd.concat([ours[_columns], theirs[_columns].add_prefix('paper_')], axis=1).astype(_whole).assign(gap=gap, gap_ci95=ci95)
-    def verdict(o): return 'not comparable' if math.isnan(o.gap + o.gap_ci95) else 'matches' if abs(o.gap) <= o.gap_ci95 else 'differs'
+    def verdict(o): return 'not comparable' if math.isnan(o.gap + o.gap_ci95) or o.n < _few else 'matches' if abs(o.gap) <= o.gap_ci95 else 'differs'
     return out.assign(verdict=[verdict(o) for o in out.itertuples()])
 
 # %% ../nbs/04_tables.ipynb #9269e1c0
@@ -189,10 +190,10 @@ def effects(
     theirs = pd.DataFrame(dict(paper_n=theirs.n, paper_diff=diff, paper_diff_ci95=ci95))
     out = pd.concat([ours[['pairs', 'diff', 'diff_ci95']].rename(columns={'pairs': 'n'}), theirs], axis=1).astype(_whole).drop(index=baseline)
     def claimed(o): return 0 if abs(o.paper_diff) <= o.paper_diff_ci95 else o.paper_diff  # a difference that the paper itself does not show
-    return out.assign(verdict=[_verdict(o.diff, o.diff_ci95, claimed(o)) for o in out.itertuples()])
+    return out.assign(verdict=[_verdict(o.n, o.diff, o.diff_ci95, claimed(o)) for o in out.itertuples()])
 
-def _verdict(diff, ci95, claimed):
-    if math.isnan(diff + ci95 + claimed) or claimed == 0: return 'not comparable'
+def _verdict(n, diff, ci95, claimed):
+    if math.isnan(diff + ci95 + claimed) or claimed == 0 or n < _few: return 'not comparable'
     return 'not shown' if abs(diff) <= ci95 else 'confirmed' if diff*claimed > 0 else 'contradicted'
 
 # %% ../nbs/04_tables.ipynb #c5746f92
@@ -201,7 +202,7 @@ def claim(
     table:pd.DataFrame, # what `compare` returns
     group,              # of the table, the one that the claim is about
     sign:int            # 1 if it says that the difference to the table's baseline is positive, -1 if negative, 0 if there is none
-)->dict: # claim, n (pairs), effect, ci95 (half-width), verdict: confirmed, contradicted, not shown, not run; for `sign` 0: contradicted, not contradicted, not run
+)->dict: # claim, n (pairs), effect, ci95 (half-width), verdict: confirmed, contradicted, not shown, too few runs (under 3 pairs), not run; for `sign` 0 not contradicted in place of the first and third
     "A claim beside our effect, with the verdict that the effect's 95 % interval gives (paper, section 4)."
     if sign not in (-1, 0, 1): raise ValueError(f"sign={sign}: the claimed difference is positive (1), negative (-1) or none (0)")
     n,effect,ci95 = (table[c].reindex([group]).iloc[0] for c in ('pairs', 'diff', 'diff_ci95'))
@@ -210,5 +211,6 @@ def claim(
 
 def _says(n, diff, ci95, sign):
     if n == 0: return 'not run'
-    if sign: return _verdict(diff, ci95, sign)
-    return 'not comparable' if math.isnan(ci95) else 'contradicted' if abs(diff) > ci95 else 'not contradicted'
+    if n < _few: return 'too few runs'
+    if sign: return _verdict(n, diff, ci95, sign)
+    return 'contradicted' if abs(diff) > ci95 else 'not contradicted'

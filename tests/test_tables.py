@@ -426,3 +426,12 @@ def test_effects_of_the_paper():
     (lambda a, b: effects(a, paper(6, path=CSV)), "theirs has no group 'baseline'.*FrobReg")])
 def test_wrong_tables(call, words):
     with pytest.raises(ValueError, match=words): call(compared(1.), claimed(1.))
+
+
+def test_two_runs_give_no_verdict():  # two differences that are equal, as happens with accuracies on a grid, have an interval of width 0
+    df = pd.DataFrame(dict(seed=[0, 1, 2]*2, by=['a']*3 + ['b']*3, test=[97.1, 97.2, 97.4, 97.3, 97.4, 97.6]))
+    for k, said, sign in (2, 'too few runs', 'not comparable'), (3, 'confirmed', 'confirmed'):
+        out = compare(df[df.seed < k], 'by', 'a')
+        assert claim('', out, 'b', 1)['verdict'] == said and claim('', out, 'b', 0)['verdict'] == said.replace('confirmed', 'contradicted')
+        theirs = pd.DataFrame(dict(n=10, mean=[97., 97.5], sd=.1), index=['a', 'b'])
+        assert effects(out, theirs, 'a').verdict['b'] == sign and (beside(out, theirs).verdict['b'] == 'not comparable') == (k == 2)
