@@ -428,6 +428,7 @@ def test_wrong_tables(call, words):
     with pytest.raises(ValueError, match=words): call(compared(1.), claimed(1.))
 
 
+@pytest.mark.filterwarnings('ignore:Precision loss')
 def test_two_runs_give_no_verdict():  # two differences that are equal, as happens with accuracies on a grid, have an interval of width 0
     df = pd.DataFrame(dict(seed=[0, 1, 2]*2, by=['a']*3 + ['b']*3, test=[97.1, 97.2, 97.4, 97.3, 97.4, 97.6]))
     for k, said, sign in (2, 'too few runs', 'not comparable'), (3, 'confirmed', 'confirmed'):
