@@ -145,7 +145,7 @@ def choose(
 )->Run: # `base` with the best values
     "The run with the best mean validation metric over the seeds; the test set plays no part (paper, section 4)."
     ok = df[df.status == 'ok']
-    if ok.empty: raise ValueError(f"none of the runs over {', '.join(axes)} came to an end: see the column status")
+    if ok.empty: raise ValueError(f"none of the runs over {', '.join(axes)} came to an end: {'; '.join(df.status.unique()) or 'there are none'}")
     ok = ok.groupby(list(axes)).valid.agg(['count', 'mean'])
     mean = ok['mean'][ok['count'] == ok['count'].max()]  # a strength that diverged with some seeds is no choice
     best = mean.idxmin() if base.data == 'sin' else mean.idxmax()

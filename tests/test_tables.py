@@ -220,6 +220,7 @@ def test_compare_with_nothing_to_compare():
     assert claim('b is better', out, 'b', 1)['verdict'] == 'not run' and effects(out, pd.DataFrame(dict(n=10, mean=[1., 2.], sd=.1), index=['a', 'b']), 'a').verdict['b'] == 'not comparable'
 
 
+@pytest.mark.filterwarnings('error')
 def test_compare_edges():
     df = table()
     assert compare(df, 'bn', False).loc[True, 'n'] == 6 and np.isfinite(compare(df[df.method != 'b'], 'bn', False).p[True])
