@@ -16,7 +16,7 @@ from fastai.layers import NoneReduce
 from fastai.learner import ValueMetric
 from fastcore.foundation import L
 from torch import Tensor
-from .penalties import confidence_penalty, double_back, frob_reg, gaussian, spect_reg
+from .penalties import _frob_reg_of_probs, confidence_penalty, double_back, frob_reg, gaussian, spect_reg
 
 # %% ../nbs/10_callbacks.ipynb #b3e97695
 def _leaf(x):
@@ -113,7 +113,7 @@ class FrobReg(GradReg):
 
 class JacReg(GradReg):
     "Penalise `jac_reg`, the exact squared Frobenius norm of the probabilities' Jacobian (paper, section 2.1)."
-    def penalty(self): return self.scaled(frob_reg, self.pred.softmax(1))
+    def penalty(self): return self.scaled(_frob_reg_of_probs, self.pred.softmax(1))
 
 # %% ../nbs/10_callbacks.ipynb #0ddbc199
 class DoubleBack(GradReg):

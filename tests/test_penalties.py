@@ -1,5 +1,5 @@
 "Jacobian products and penalties against torch.func in float64, over nets, classes, dtypes, shapes; errors; memory; probes"
-import copy, gc, subprocess, sys, weakref
+import copy, gc, re, subprocess, sys, weakref
 import pytest, torch
 from fastai.torch_core import TensorImage
 from torch import nn
@@ -187,6 +187,30 @@ def test_python_calls_do_not_grow_with_every_class(kind, c, device, monkeypatch)
     monkeypatch.setattr(torch.autograd, 'grad', lambda *a, **kw: (calls.append(1), autograd_grad(*a, **kw))[1])
     jacobian(logits, x)
     assert len(calls) == (c if kind == 'conv' and device == 'cpu' else -(-c//32))
+
+@on_each_device
+@pytest.mark.parametrize('k', [1, 32])
+@each_net
+def test_rows_of_ones_own(kind, k, device, monkeypatch):
+    net, x, *_ = make(kind, 5, device=device)
+    y, rows = net(x), torch.randn(40, 5, dtype=F64, device=device)
+    monkeypatch.setattr(jacobians, '_rows_per_call', lambda x: k)
+    assert_close(jacobian(y, x, rows), torch.einsum('kc,nc...->nk...', rows, jacobian(y, x)))
+
+@pytest.mark.parametrize('shape', [(0, 3), (2, 4), (3,), (4, 1, 3)])
+def test_wrong_rows(shape):
+    net, x, *_ = make('mlp')
+    with pytest.raises(ValueError, match=re.escape(f'rows has shape {shape}, but y has (4, 3): (K,3) with K at least 1')):
+        jacobian(net(x), x, torch.ones(shape, dtype=F64))
+
+@pytest.mark.parametrize('f,c,passes', [(frob_reg, 10, 10), (jac_reg, 10, 9), (jac_reg, 2, 1), (jac_reg, 1, 1)])
+def test_number_of_backward_passes(f, c, passes, monkeypatch):
+    net, x, *_ = make('mlp', c)
+    logits, n = net(x), []
+    monkeypatch.setattr(jacobians, '_rows_per_call', lambda x: 1)
+    logits.register_hook(lambda g: n.append(1))
+    f(logits, x)
+    assert len(n) == passes
 
 @pytest.mark.parametrize('k', [1, 32])
 def test_batched_rows_in_train_mode(k, monkeypatch):
