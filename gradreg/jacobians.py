@@ -54,22 +54,26 @@ def vjp(
 # %% ../nbs/00_jacobians.ipynb #be97a173
 def _rows_per_call(x): return 1 if x.is_cpu and x.ndim > 2 else 32  # measured below
 
-def jacobian(
-    y:Tensor, # outputs computed from `x`, (N,C)
-    x:Tensor, # inputs or any tensor of the graph that `y` depends on, requires grad, (N,*D)
-    rows:Tensor|None=None # K >= 1 directions to multiply it by from the left, (K,C); the unit vectors unless given
-)->Tensor: # (N,K,*D) or (N,C,*D), differentiable unless grad mode is off
-    "The exact Jacobian of each example, or `rows` times it: one backward pass per row (paper, section 2.4)."
+def _jacobian_rows(y, x, rows=None):
+    "`jacobian` in parts (N,k,*D), for sums over rows that need no copy of them all."
     _check(y, x)
     if y.ndim != 2: raise ValueError(f"y has shape {tuple(y.shape)}, but its Jacobian needs (N,C): flatten it or pick a column")
     n, c = y.shape
     if rows is None: rows = torch.eye(c, dtype=y.dtype, device=y.device)
     if rows.ndim != 2 or rows.shape[1] != c or not len(rows):
         raise ValueError(f"rows has shape {tuple(rows.shape)}, but y has {tuple(y.shape)}: (K,{c}) with K at least 1 is needed")
-    rows = rows.unsqueeze(1).expand(-1, n, c)
-    k = _rows_per_call(x)
-    if k == 1: return torch.stack([_grad(y, x, e) for e in rows], 1)
-    return torch.cat([_grad(y, x, e, batched=True) for e in rows.split(k)]).movedim(0, 1)
+    rows, k = rows.unsqueeze(1).expand(-1, n, c), _rows_per_call(x)
+    if k == 1: yield from (_grad(y, x, r).unsqueeze(1) for r in rows)
+    else: yield from (_grad(y, x, r, batched=True).movedim(0, 1) for r in rows.split(k))
+
+def jacobian(
+    y:Tensor, # outputs computed from `x`, (N,C)
+    x:Tensor, # inputs or any tensor of the graph that `y` depends on, requires grad, (N,*D)
+    rows:Tensor|None=None # K >= 1 directions to multiply it by from the left, (K,C); the unit vectors unless given
+)->Tensor: # (N,K,*D) or (N,C,*D), differentiable unless grad mode is off
+    "The exact Jacobian of each example, or `rows` times it: one backward pass per row (paper, section 2.4)."
+    return torch.cat([*_jacobian_rows(y, x, rows)], 1)
+
 
 # %% ../nbs/00_jacobians.ipynb #3ef53695
 def softmax_jacobian(

@@ -10,7 +10,7 @@ import torch
 from functools import partial
 from torch import Tensor
 from torch.nn import functional as F
-from .jacobians import jacobian, sq_norm, vjp
+from .jacobians import _jacobian_rows, sq_norm, vjp
 
 # %% ../nbs/01_penalties.ipynb #a203bda8
 def double_back(
@@ -28,7 +28,7 @@ def frob_reg(
     x:Tensor       # inputs or any tensor of the graph that `logits` depend on, requires grad, (N,*D)
 )->Tensor: # (N,)
     "Squared Frobenius norm of the logits' Jacobian, exact, by C backward passes (paper, section 2.1; Jakubovitz and Giryes 2018)."
-    return sq_norm(jacobian(logits, x))
+    return sum(sq_norm(J) for J in _jacobian_rows(logits, x))
 
 # %% ../nbs/01_penalties.ipynb #264b49f1
 def _contrasts(p):
@@ -40,7 +40,7 @@ def _contrasts(p):
 
 def _frob_reg_of_probs(p, x):
     "`frob_reg` of outputs with a constant sum, quadratic in them."
-    return sq_norm(jacobian(p, x, _contrasts(p)))
+    return sum(sq_norm(J) for J in _jacobian_rows(p, x, _contrasts(p)))
 
 def jac_reg(
     logits:Tensor, # outputs computed from `x`, (N,C)
