@@ -167,11 +167,13 @@ def _check(**tables):
 
 def beside(
     ours:pd.DataFrame,  # what `summarize` or `compare` returns: a row per group with n, mean, sd
-    theirs:pd.DataFrame # what `paper` returns, in the same unit and with the same names of groups
+    theirs:pd.DataFrame, # what `paper` returns, in the same unit and with the same names of groups
+    n_test:int|None=None # number of test points on either side, if they are not the same points; the means are then accuracies in percent
 )->pd.DataFrame: # a row per group: n, mean, sd, paper_n, paper_mean, paper_sd, gap (ours minus theirs), gap_ci95 (half-width), verdict
-    "Our means beside the paper's, with Welch's 95 % interval of the gap and the verdict it gives: matches, differs or not comparable."
+    "Our means beside the paper's, with the gap's 95 % interval, of seeds (Welch) and test samples (binomial, `n_test`), and the verdict it gives: matches, differs or not comparable."
     _check(ours=ours, theirs=theirs)
     gap,ci95 = welch(ours, theirs)
+    if n_test: ci95 = (ci95**2 + stats.norm.ppf(.975)**2*sum(o['mean']*(100 - o['mean'])/n_test for o in (ours, theirs)))**.5
     out = pd.concat([ours[_columns], theirs[_columns].add_prefix('paper_')], axis=1).astype(_whole).assign(gap=gap, gap_ci95=ci95)
     def verdict(o): return 'not comparable' if math.isnan(o.gap + o.gap_ci95) or o.n < _few else 'matches' if abs(o.gap) <= o.gap_ci95 else 'differs'
     return out.assign(verdict=[verdict(o) for o in out.itertuples()])

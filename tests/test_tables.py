@@ -374,6 +374,15 @@ def test_the_edge_of_the_interval_decides():
     assert beside(group(mean=.999*ci95), group()).verdict['x'] == 'matches' and beside(group(mean=1.001*ci95), group()).verdict['x'] == 'differs'
 
 
+def test_another_test_set_widens_the_gap():
+    ours,theirs = group(mean=97.6, sd=.1),group(mean=97.4, sd=.1)
+    narrow,wide = beside(ours, theirs),beside(ours, theirs, n_test=10_000)
+    assert narrow.verdict['x'] == 'differs' and wide.verdict['x'] == 'matches'
+    test_sets = 1.96**2*(97.6*2.4 + 97.4*2.6)/10_000
+    assert wide.gap_ci95['x'] == pytest.approx((narrow.gap_ci95['x']**2 + test_sets)**.5, rel=1e-4) and wide.gap['x'] == narrow.gap['x']
+    assert beside(group(mean=100., sd=.1), group(mean=100., sd=.1), n_test=10).gap_ci95['x'] == pytest.approx(welch(group(sd=.1), group(sd=.1))[1]['x'])
+
+
 def test_beside_keeps_order_and_missing_groups():
     ours = summarize(table(), 'method')
     theirs = pd.DataFrame(dict(n=10, mean=[0., 0., 0.], sd=1.), index=['z', 'a', 'b'])
