@@ -45,7 +45,9 @@ def _smoke(runs):
         r, iters=2, data='digits', model='lenet5', n_train=10*max(1, r.n_train//500), n_valid=100, bs=10)
     return [small(r) for r in runs if r.seed in seeds]
 
-def _rows(runs, path): return load_rows(path, _KEY, map(asdict, runs))
+def _rows(runs, path):
+    df = load_rows(path, _KEY, map(asdict, runs))
+    return df.assign(**{k: [getattr(runs[i], k) for i in df.index] for k in _KEY})  # also those that are blank in the file
 
 def _missing(runs, path):
     df = _rows(runs, path)
@@ -106,7 +108,7 @@ def _asked(jobs, backend, device):
     jobs,backend,device = (os.environ.get(f'GRADREG_{k}') if v is None else v for k,v in (('JOBS', jobs), ('BACKEND', backend), ('DEVICE', device)))
     if jobs is not None and not (str(jobs).isdigit()): raise ValueError(f"jobs={jobs}: must be a whole number from 0 up, or None for one per GPU or core")
     if backend not in (None, *_backends): raise ValueError(f"backend={backend!r}: choose 'loky' (this machine) or 'ray' (a cluster)")
-    if jobs is None and backend != 'ray': jobs = torch.cuda.device_count() or cpu_count()
+    if jobs is None and backend != 'ray': jobs = cpu_count() if str(device).startswith('cpu') else 1 if device else torch.cuda.device_count() or cpu_count()
     return None if jobs is None else int(jobs),backend or 'loky',device or None
 
 def _need_data(runs):
@@ -122,7 +124,7 @@ def _chosen(runs):
 def run_all(
     runs,         # Runs
     path,         # result file, csv; made if it does not exist
-    jobs=None,    # runs at a time, 0 to train nothing and take what is there; None: GRADREG_JOBS, or one for each GPU, or each core; on Ray as many as fit
+    jobs=None,    # runs at a time, 0 to train nothing and take what is there; None: GRADREG_JOBS, or one for each GPU, or each core, of `device` if that is given; on Ray as many as fit
     backend=None, # 'loky' (processes of this machine) or 'ray' (a cluster; needs `pip install ray`); None: GRADREG_BACKEND, or 'loky'
     device=None   # where to train; None: GRADREG_DEVICE, or fastai's default device
 )->pd.DataFrame: # the rows of these runs, in their order

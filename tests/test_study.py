@@ -51,7 +51,10 @@ def test_old_rows_mean_the_defaults(path, monkeypatch):
     append(path, {k: v for k, v in made(SIN).items() if k not in ('bn', 'every')})  # from a version without these fields
     append(path, made(replace(SIN, seed=1, bn=True)))
     monkeypatch.setattr(study, 'run', refuse)
-    assert run_all([SIN], path).seed.tolist() == [0]
+    row = run_all([SIN, replace(SIN, seed=1, bn=True)], path)
+    assert row.seed.tolist() == [0, 1] and row.bn.tolist() == [False, True] and row.every.tolist() == [1, 1]
+    assert study.readable(row).net.tolist() == ['plain', 'BatchNorm']
+    assert study.choose(SIN, row.assign(valid=[.1, .2]), ['bn']).bn is False  # a field that a row lacks can be chosen
     append(path, made(SIN, test=.9))
     assert load_rows(path).test.tolist() == [.5, .5]
 
@@ -354,6 +357,16 @@ def test_gpus_take_turns(path, monkeypatch, gpus, jobs, device, expected):
     monkeypatch.setattr(study, 'run', lambda r, device: seen.append(device) or made(r))
     run_all(grid(SIN, seed=range(5)), path, jobs, device=device)
     assert seen == expected
+
+
+@pytest.mark.parametrize('device,jobs', [(None, 3), ('cpu', 7), (torch.device('cpu'), 7), ('cuda', 1), ('cuda:1', 1)])
+def test_as_many_at_a_time_as_the_device_has_places(path, monkeypatch, device, jobs):
+    asked = []
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 3)
+    monkeypatch.setattr(study, 'cpu_count', lambda: 7)
+    monkeypatch.setattr(study, '_train_all', lambda todo, path, jobs, backend, device: asked.append(jobs))
+    run_all([SIN], path, device=device)
+    assert asked == [jobs]
 
 
 def test_progress(path, monkeypatch, capfd):
