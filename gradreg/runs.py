@@ -89,7 +89,8 @@ class Iterations(Callback):
     def after_train(self):
         self.diverged = not torch.isfinite(self.loss).item()
         if self.diverged: raise CancelFitException
-    def before_validate(self): raise CancelValidException
+    def before_validate(self):
+        if not self.learn.lock.locked(): raise CancelValidException  # `validate` and `get_preds`, which hold the lock, are meant
 
 # %% ../nbs/12_runs.ipynb #3c84c04c
 class Trace(Callback):
@@ -214,7 +215,7 @@ def train(
     r:Run,      # what to train
     device=None # where; fastai's default device if None
 )->Learner: # trained; `dls.train`, `dls.valid` and `dls.test` are its points
-    "Train `r` by the clean protocol (paper, section 4). The same Run gives the same weights on one machine."
+    "Train `r` by the clean protocol (paper, section 4). The same Run gives the same weights on one CPU."
     learn = _learner(r, device)
     if learn.dls.device.type == 'cuda': torch.cuda.reset_peak_memory_stats(learn.dls.device)
     learn.fit(math.ceil(r.iters/len(learn.dls.train)), r.lr)

@@ -202,6 +202,14 @@ def test_trace_changes_nothing():
     assert traced['jac_train@8'] == traced['jac_train'] and traced['valid@8'] == traced['valid'] and not any('@' in k for k in plain)
 
 
+def test_a_trained_learner_predicts():
+    learn = runs.train(DIGITS)
+    pred,y = learn.get_preds(dl=learn.dls.test)
+    test = learn.dls.test.dataset
+    torch.testing.assert_close(pred.float(), learn.model(test.x).detach().cpu(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(y, test.y.cpu())
+
+
 def test_only_weights_get_a_gradient():
     seen = []
     class Look(Callback):
