@@ -51,8 +51,9 @@ class GradReg(Callback):
         *args
     )->Tensor: # (N,)
         "`penalty(y, x, *args)` at a scale `s` where half precision does not underflow: `penalty(s*y, x)/s**2`, `s` the root of the gradient scaler's scale."
-        if getattr(self.learn, 'scaler', None) is None: return penalty(y, self.x, *args)
-        s = self.learn.scaler.scale(torch.ones((), device=y.device)).sqrt()
+        scaler = vars(self.learn).get('scaler')  # MixedPrecision's; the Learner would look for one in the model, too
+        if scaler is None: return penalty(y, self.x, *args)
+        s = scaler.scale(torch.ones((), device=y.device)).sqrt()
         return penalty(s*y, self.x, *args)/s**2
 
     @property

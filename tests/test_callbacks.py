@@ -216,6 +216,18 @@ def test_pitfall_01_mixed_precision_gives_the_gradient_of_float64(name, dtype, r
     assert len(spy.grads) == 3  # no step was skipped
     assert all(p.dtype == torch.float32 for p in learn.model.parameters())
 
+def test_a_scaler_in_the_model_is_no_gradient_scaler():
+    class Net(nn.Sequential):
+        def __init__(self):
+            super().__init__(*conv())
+            self.scaler = nn.Identity()
+        def forward(self, x):
+            for layer in list(self)[:-1]: x = layer(x)
+            return self.scaler(x)
+    cb = SpectReg(1.)
+    run(learner(cb, net=lambda: Net().double()), lr=1e-3)
+    assert all(p > 0 for p in cb.penalties)
+
 @each_gradient
 def test_pitfall_01_fp16_does_not_underflow(name):
     "Three layers with modest weights, whose product is less than fp16 can hold; the strength makes up for it"
