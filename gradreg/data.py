@@ -175,9 +175,9 @@ class ArrayDataLoaders(DataLoaders):
         "A loader of further images, scaled like the training subset"
         x, ds = np.asarray(test_items), self.train.dataset
         _need(x.dtype == np.uint8 and x.ndim in (3, 4), 'test_items', f'the images are {x.dtype} {x.shape}')
-        t = scale(x, ds.mean, ds.sd)
-        _need(t.shape[1:] == ds.x.shape[1:], 'test_items', f'{x.shape[1:]} is not the shape of the training images')
-        return self.valid.new(ds.new(t), **kwargs)
+        c,h,w = ds.x.shape[1:]
+        _need(x.shape[1:] == (h, w, c) or c == 1 and x.shape[1:] == (h, w), 'test_items', f'{x.shape[1:]} is not the shape of the training images')
+        return self.valid.new(ds.new(scale(x, ds.mean, ds.sd)), **kwargs)
 
 def _dls(train, valid, test, bs, valid_bs, seed, device):
     "Three data sets as `ArrayDataLoaders`; only the training points are shuffled"

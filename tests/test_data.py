@@ -227,6 +227,7 @@ def test_learner(tmp_path):
     torch.testing.assert_close(learn.get_preds(dl=dls.test_dl(a.x_test))[0], want)
     with pytest.raises(ValueError, match='test_items: the images are float64'): dls.test_dl(a.x_test/255)
     with pytest.raises(ValueError, match=r'\(8, 4\) is not the shape'): dls.test_dl(a.x_test[:,:,:4])
+    with pytest.raises(ValueError, match=r'\(8, 8, 3\) is not the shape'): dls.test_dl(np.stack([a.x_test]*3, -1))
     learn.path = tmp_path
     learn.export('a.pkl')
     loaded = load_learner(tmp_path/'a.pkl')
