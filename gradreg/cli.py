@@ -91,7 +91,7 @@ def _environment(given, **folders):
     for k,v in folders.items():
         if v := v or os.environ.get(f'GRADREG_{k.upper()}'): given[k] = Path(v).expanduser().resolve()
     if 'data' in given and not given['data'].is_dir(): raise ValueError(f"--data {given['data']}: is not a folder")
-    return {**os.environ, 'PYTHONWARNINGS': 'ignore,default:::gradreg.study,default:::gradreg.arrays', **{f'GRADREG_{k.upper()}': str(v) for k,v in given.items()}}
+    return {**os.environ, 'PYTHONWARNINGS': 'ignore,default:::gradreg.study,default:::gradreg.arrays,default:::gradreg.measures', **{f'GRADREG_{k.upper()}': str(v) for k,v in given.items()}}
 
 # %% ../nbs/22_cli.ipynb #118ffb70
 class _Failed(Exception): pass

@@ -33,7 +33,7 @@ def frob_reg(
 # %% ../nbs/01_penalties.ipynb #264b49f1
 def _contrasts(p):
     "Orthonormal rows that each add up to zero, (C-1,C)."
-    c = p.shape[1]
+    c = p.shape[-1]
     w = p.new_full((c,), c**-.5)
     w[-1] += 1
     return (torch.eye(c, dtype=p.dtype, device=p.device) - w.outer(w)/w[-1])[:max(1, c-1)]  # one class: its only row
@@ -47,7 +47,7 @@ def jac_reg(
     x:Tensor       # inputs or any tensor of the graph that `logits` depend on, requires grad, (N,*D)
 )->Tensor: # (N,)
     "Squared Frobenius norm of the probabilities' Jacobian, exact, by C-1 backward passes (paper, section 2.1; Sokolic et al. 2017)."
-    with torch.enable_grad(): p = logits.softmax(1)  # to differentiate it, also where the result needs no graph
+    with torch.enable_grad(): p = logits.softmax(-1)  # to differentiate it, also where the result needs no graph
     return _frob_reg_of_probs(p, x)
 
 

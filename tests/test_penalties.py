@@ -371,7 +371,7 @@ def test_reduced_losses(reduce, shape):
     losses = F.cross_entropy(net(x), y, reduction='none')
     with pytest.raises(ValueError, match=f"losses has shape {shape}, .*reduction='none'"): double_back(reduce(losses), x)
 
-@pytest.mark.parametrize('f', [jacobian, frob_reg])
+@pytest.mark.parametrize('f', [jacobian, frob_reg, jac_reg])
 def test_outputs_that_are_no_matrix(f):
     net, x, *_ = make('mlp')
     for y, shape in (net(x)[:, 0], r'\(4,\)'), (net(x)[..., None], r'\(4, 3, 1\)'):
