@@ -9,6 +9,7 @@ __all__ = ['POINTS', 't_interval', 'plot_groups', 'plot_curves', 'plot_slopes']
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 from scipy import stats
 
 # %% ../nbs/21_plots.ipynb #3ddda1de
@@ -58,5 +59,8 @@ def plot_slopes(
     long = df.rename(columns=POINTS).melt(id_vars=by, value_vars=list(POINTS.values()), var_name='points', value_name='norm')
     sns.barplot(long, x='norm', y=by, hue='points', errorbar=t_interval, err_kws=dict(linewidth=1), ax=ax)
     ax.set(xscale='log', xlabel='mean $\\|J_g\\|_F$', ylabel='')
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter('{x:g}')
+    ax.xaxis.set_minor_formatter('')
     ax.legend(title='', fontsize=7)
     return ax
