@@ -74,7 +74,6 @@ def jacobian(
     "The exact Jacobian of each example, or `rows` times it: one backward pass per row (paper, section 2.4)."
     return torch.cat([*_jacobian_rows(y, x, rows)], 1)
 
-
 # %% ../nbs/00_jacobians.ipynb #3ef53695
 def softmax_jacobian(
     p:Tensor # probabilities, (N,C)

@@ -50,7 +50,6 @@ def jac_reg(
     with torch.enable_grad(): p = logits.softmax(-1)  # to differentiate it, also where the result needs no graph
     return _frob_reg_of_probs(p, x)
 
-
 # %% ../nbs/01_penalties.ipynb #1d353224
 def gaussian(
     logits:Tensor # shape, dtype and device are taken from here, (N,C)
