@@ -77,7 +77,9 @@ def scale(
     sd:np.ndarray, # per channel, above 0, (C,)
 )->Tensor: # float32, (N,C,H,W), channels_last in memory
     "Images as a network takes them: scaled per channel, channels first in shape and last in memory"
-    t = torch.from_numpy(x.reshape(*x.shape[:3], -1)).float() # one copy, then in place: a large set fits in memory once
+    x = x.reshape(*x.shape[:3], -1)
+    if x.shape[-1] != len(mean): raise ValueError(f'images with {x.shape[-1]} channels cannot be scaled by the {len(mean)} of mean={mean}')
+    t = torch.from_numpy(x).float() # one copy, then in place: a large set fits in memory once
     return t.sub_(torch.as_tensor(mean).float()).div_(torch.as_tensor(sd).float()).permute(0, 3, 1, 2)
 
 # %% ../nbs/03_data.ipynb #d7ed8c41
@@ -175,9 +177,9 @@ class ArrayDataLoaders(DataLoaders):
         "A loader of further images, scaled like the training subset"
         x, ds = np.asarray(test_items), self.train.dataset
         _need(x.dtype == np.uint8 and x.ndim in (3, 4), 'test_items', f'the images are {x.dtype} {x.shape}')
-        c,h,w = ds.x.shape[1:]
-        _need(x.shape[1:] == (h, w, c) or c == 1 and x.shape[1:] == (h, w), 'test_items', f'{x.shape[1:]} is not the shape of the training images')
-        return self.valid.new(ds.new(scale(x, ds.mean, ds.sd)), **kwargs)
+        t = scale(x, ds.mean, ds.sd)
+        _need(t.shape[2:] == ds.x.shape[2:], 'test_items', f'images of {x.shape[1:3]}, the training images are {tuple(ds.x.shape[2:])}')
+        return self.valid.new(ds.new(t), **kwargs)
 
 def _dls(train, valid, test, bs, valid_bs, seed, device):
     "Three data sets as `ArrayDataLoaders`; only the training points are shuffled"

@@ -103,12 +103,16 @@ def _train_all(todo, path, jobs, backend, device):
         left = _missing(todo, path)
         for part in (left[jobs:], *([r] for r in left[:jobs])): _train_all(part, path, jobs, backend, device)
 
+def _default_jobs(device):
+    if device and not str(device).startswith('cpu'): return 1
+    return not device and torch.cuda.device_count() or cpu_count()
+
 def _asked(jobs, backend, device):
     "What the call leaves open as the environment has it, or else by default."
     jobs,backend,device = (os.environ.get(f'GRADREG_{k}') if v is None else v for k,v in (('JOBS', jobs), ('BACKEND', backend), ('DEVICE', device)))
     if jobs is not None and not (str(jobs).isdigit()): raise ValueError(f"jobs={jobs}: must be a whole number from 0 up, or None for one per GPU or core")
     if backend not in (None, *_backends): raise ValueError(f"backend={backend!r}: choose 'loky' (this machine) or 'ray' (a cluster)")
-    if jobs is None and backend != 'ray': jobs = cpu_count() if str(device).startswith('cpu') else 1 if device else torch.cuda.device_count() or cpu_count()
+    if jobs is None and backend != 'ray': jobs = _default_jobs(device)
     return None if jobs is None else int(jobs),backend or 'loky',device or None
 
 def _need_data(runs):

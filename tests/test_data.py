@@ -226,8 +226,8 @@ def test_learner(tmp_path):
     want = learn.get_preds(dl=dls.test)[0]
     torch.testing.assert_close(learn.get_preds(dl=dls.test_dl(a.x_test))[0], want)
     with pytest.raises(ValueError, match='test_items: the images are float64'): dls.test_dl(a.x_test/255)
-    with pytest.raises(ValueError, match=r'\(8, 4\) is not the shape'): dls.test_dl(a.x_test[:,:,:4])
-    with pytest.raises(ValueError, match=r'\(8, 8, 3\) is not the shape'): dls.test_dl(np.stack([a.x_test]*3, -1))
+    with pytest.raises(ValueError, match=r'images of \(8, 4\), the training images are \(8, 8\)'): dls.test_dl(a.x_test[:,:,:4])
+    with pytest.raises(ValueError, match='images with 3 channels cannot be scaled by the 1 of'): dls.test_dl(np.stack([a.x_test]*3, -1))
     learn.path = tmp_path
     learn.export('a.pkl')
     loaded = load_learner(tmp_path/'a.pkl')
