@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from gradreg.tables import append_row, beside, claim, compare, effects, load_rows, paper, results, summarize, welch
+from gradreg.tables import append_row, beside, claim, compare, effects, gains, load_rows, paper, results, summarize, welch
 
 CSV = Path(__file__).resolve().parents[1]/'nbs/studies/paper.csv'
 KEY = dict(data='mnist', lr=1e-3, every=1, bn=False, seed=0)
@@ -229,6 +229,20 @@ def test_compare_edges():
     one = compare(df[df.seed == 0], 'method', 'a')  # one pair has a difference and no interval
     assert one['diff'].notna().tolist() == [True, False, True] and one.diff_ci95.isna().all()
     with pytest.raises(ValueError, match="method='z'.*'b'"): compare(df, 'method', 'z')
+
+
+def test_gains_are_what_compare_averages():
+    df = pd.concat([table(n=6).assign(n_train=n) for n in (50, 200)], ignore_index=True).sample(frac=1, random_state=0)
+    df = df[~((df.method == 'a') & (df.seed == 2) & (df.n_train == 200))]
+    df['gain'] = gains(df, 'method', 'a', within='n_train')
+    assert df.gain.isna().sum() == 2 and df.gain[(df.seed == 2) & (df.n_train == 200)].isna().all()  # b and c, whose baseline is not there
+    for n, d in df.groupby('n_train'):
+        assert np.allclose(d.groupby('method').gain.mean()[['b', 'c']], compare(d, 'method', 'a')['diff'][['b', 'c']].astype(float))
+    for o in df.dropna().sample(5, random_state=1).itertuples():
+        assert o.gain == o.test - df.test[(df.method == 'a') & (df.seed == o.seed) & (df.n_train == o.n_train)].item()
+    assert np.allclose(gains(df, 'method', 'a', within=['n_train']), df.gain, equal_nan=True)
+    with pytest.raises(ValueError, match="method='a' has several rows with {'seed': .}"): gains(df, 'method', 'a')
+    with pytest.raises(ValueError, match="method='z'.*'b'"): gains(df, 'method', 'z', within='n_train')
 
 
 @pytest.mark.parametrize('call', [lambda df: summarize(df, 'model'), lambda df: summarize(df, ['method', 'model']), lambda df: summarize(df, 'method', 'model'),
