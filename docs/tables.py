@@ -57,8 +57,9 @@ def tuned(column, results):
         df = df[(df.status == 'ok') & (df[column] > 0) & (df[others] == 0).all(axis=1)]
         for key,rows in df.groupby(setting):
             seeds = rows.groupby(column).seed.nunique()
-            rows = rows[rows.seed.isin(range(seeds.min()))]
-            if len(seeds) < 2 or seeds.min() < 3: continue
+            seeds = seeds[seeds >= 3]  # a grid with one run per cell is no choice, and does not spoil one beside it
+            if len(seeds) < 2: continue
+            rows = rows[rows[column].isin(seeds.index) & rows.seed.isin(range(seeds.min()))]
             o,mean = dict(zip(setting, key)),rows.groupby(column).valid.mean()
             net = networks[o['model']] + f', dropout {o["p_drop"]:g}'*bool(o['p_drop']) + ', BatchNorm'*bool(o['bn']) + f', wd {o["wd"]:g}'*bool(o['wd']) + f', every={o["every"]}'*(o['every'] > 1)
             tried = ', '.join(f'{i:g}' for i in mean.index)

@@ -61,6 +61,10 @@ def test_tuned_strength_is_the_best_on_validation_points(tmp_path):
     table(rows(.1, [.9, .9, .9]))
     assert not list(tables.tuned('spect_reg', tmp_path))  # nothing was chosen from
 
+def test_a_strength_with_one_run_does_not_hide_a_choice():
+    one, = [o for o in tables.tuned('double_back', root/'nbs/studies/results') if o['data'] == 'mnist, 2000 points' and o['network'] == 'LeNet-5, dropout 0.5, wd 0.0005']
+    assert '50, 100, 200 (3 seeds)' in one['from'] and '1000' not in one['from']
+
 def test_cost_is_the_benchmarks():
     bench = pd.read_csv(root/'nbs/studies/results/bench.csv')
     for name in REGULARIZERS:
