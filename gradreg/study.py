@@ -104,8 +104,9 @@ def _train_all(todo, path, jobs, backend, device):
         for part in (left[jobs:], *([r] for r in left[:jobs])): _train_all(part, path, jobs, backend, device)
 
 def _default_jobs(device):
-    if device and not str(device).startswith('cpu'): return 1
-    return not device and torch.cuda.device_count() or cpu_count()
+    "One for each GPU of this machine or else for each core; of a given device, one for a GPU."
+    if device: return cpu_count() if str(device).startswith('cpu') else 1
+    return torch.cuda.device_count() or cpu_count()
 
 def _asked(jobs, backend, device):
     "What the call leaves open as the environment has it, or else by default."
