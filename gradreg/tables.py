@@ -206,15 +206,15 @@ def effects(
     theirs:pd.DataFrame, # what `paper` returns, in the same unit and with the same names of groups
     baseline='baseline'  # the group that the others are compared with
 )->pd.DataFrame: # a row per other group: n (pairs), diff, diff_ci95, paper_n, paper_diff, paper_diff_ci95 (half-widths), verdict
-    "Our paired differences to the baseline beside the paper's, and the verdict on its sign: confirmed, contradicted, not shown or not comparable."
+    "Our paired differences to the baseline beside the paper's, and the verdict on its sign: confirmed, contradicted, not shown, none in the paper (which shows no difference itself) or not comparable."
     _check(ours=ours, theirs=theirs)
     _need(ours, ['pairs', 'diff', 'diff_ci95'], 'ours')
     if baseline not in theirs.index: raise ValueError(f"theirs has no group {baseline!r}: there are {list(theirs.index)}")
     diff,ci95 = welch(theirs, theirs.loc[[baseline]*len(theirs)].set_axis(theirs.index))
     theirs = pd.DataFrame(dict(paper_n=theirs.n, paper_diff=diff, paper_diff_ci95=ci95))
     out = pd.concat([ours[['pairs', 'diff', 'diff_ci95']].rename(columns={'pairs': 'n'}), theirs], axis=1).astype(_whole).drop(index=baseline)
-    def claimed(o): return 0 if abs(o.paper_diff) <= o.paper_diff_ci95 else o.paper_diff  # a difference that the paper itself does not show
-    return out.assign(verdict=[_verdict(o.n, o.diff, o.diff_ci95, claimed(o)) for o in out.itertuples()])
+    def verdict(o): return 'none in the paper' if abs(o.paper_diff) <= o.paper_diff_ci95 else _verdict(o.n, o.diff, o.diff_ci95, o.paper_diff)
+    return out.assign(verdict=[verdict(o) for o in out.itertuples()])
 
 def _verdict(n, diff, ci95, claimed):
     if math.isnan(diff + ci95 + claimed) or claimed == 0 or n < _few: return 'not comparable'
@@ -225,16 +225,19 @@ def claim(
     text:str,           # the claim, with its place in the paper
     table:pd.DataFrame, # what `compare` returns
     group,              # of the table, the one that the claim is about
-    sign:int            # 1 if it says that the difference to the table's baseline is positive, -1 if negative, 0 if there is none
-)->dict: # claim, n (pairs), effect, ci95 (half-width), verdict: confirmed, contradicted, not shown, too few runs (under 3 pairs), not run; for `sign` 0 not contradicted in place of the first and third
+    sign:int,           # 1 if it says that the difference to the table's baseline is positive, -1 if negative, 0 if there is none
+    margin:float=0      # for `sign` 0, the largest difference that counts as none, in the unit of the table
+)->dict: # claim, n (pairs), effect, ci95 (half-width), verdict: confirmed, contradicted, not shown, too few runs (under 3 pairs), not run
     "A claim beside our effect, with the verdict that the effect's 95 % interval gives (paper, section 4)."
     if sign not in (-1, 0, 1): raise ValueError(f"sign={sign}: the claimed difference is positive (1), negative (-1) or none (0)")
+    if not (margin > 0 if sign == 0 else margin == 0): raise ValueError(f"margin={margin} with sign={sign}: sign 0 needs a positive margin, the largest difference that counts as none, other signs have none")
     n,effect,ci95 = (table[c].reindex([group]).iloc[0] for c in ('pairs', 'diff', 'diff_ci95'))
     n = 0 if pd.isna(n) else int(n)
-    return dict(claim=text, n=n, effect=effect, ci95=ci95, verdict=_says(n, effect, ci95, sign))
+    return dict(claim=text, n=n, effect=effect, ci95=ci95, verdict=_says(n, effect, ci95, sign, margin))
 
-def _says(n, diff, ci95, sign):
+def _says(n, diff, ci95, sign, margin):
     if n == 0: return 'not run'
     if n < _few: return 'too few runs'
     if sign: return _verdict(n, diff, ci95, sign)
-    return 'contradicted' if abs(diff) > ci95 else 'not contradicted'
+    return 'confirmed' if abs(diff) + ci95 <= margin else 'contradicted' if abs(diff) - ci95 > margin else 'not shown'
+

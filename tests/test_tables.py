@@ -426,7 +426,7 @@ def claimed(diff, sd=1., n=10): return pd.DataFrame(dict(n=n, mean=[50., 50. + d
     (compared(2.), claimed(2.), 'confirmed'), (compared(-2.), claimed(-2.), 'confirmed'), (compared(-2.), claimed(2.), 'contradicted'), (compared(2.), claimed(-2.), 'contradicted'),
     (compared(.9), claimed(2.), 'not shown'), (compared(-.9), claimed(2.), 'not shown'), (compared(1.), claimed(9.), 'not shown'), (compared(0., 0.), claimed(1.), 'not shown'),
     (compared(2., math.nan), claimed(1.), 'not comparable'), (compared(math.nan, math.nan), claimed(1.), 'not comparable'), (compared(math.nan), claimed(1.), 'not comparable'), (compared(2.), claimed(math.nan), 'not comparable'),
-    (compared(2.), claimed(0.), 'not comparable'), (compared(2.), claimed(.9), 'not comparable'),  # what the paper does not show is no claim
+    (compared(2.), claimed(0.), 'none in the paper'), (compared(2.), claimed(.9), 'none in the paper'),  # what the paper does not show is no claim
     (compared(2.), claimed(1., math.nan), 'confirmed'),                        # the sign is there without a standard deviation
     (compared(2.), claimed(1.).rename(index={'x': 'y'}), 'not comparable'), (compared(2.), claimed(1., 1., 1), 'confirmed'), (compared(2.), claimed(1., 0.), 'confirmed')])
 @pytest.mark.filterwarnings('error')
@@ -457,6 +457,17 @@ def test_two_runs_give_no_verdict():  # two differences that are equal, as happe
     df = pd.DataFrame(dict(seed=[0, 1, 2]*2, by=['a']*3 + ['b']*3, test=[97.1, 97.2, 97.4, 97.3, 97.4, 97.6]))
     for k, said, sign in (2, 'too few runs', 'not comparable'), (3, 'confirmed', 'confirmed'):
         out = compare(df[df.seed < k], 'by', 'a')
-        assert claim('', out, 'b', 1)['verdict'] == said and claim('', out, 'b', 0)['verdict'] == said.replace('confirmed', 'contradicted')
+        assert claim('', out, 'b', 1)['verdict'] == said and claim('', out, 'b', 0, .1)['verdict'] == said.replace('confirmed', 'contradicted')
         theirs = pd.DataFrame(dict(n=10, mean=[97., 97.5], sd=.1), index=['a', 'b'])
         assert effects(out, theirs, 'a').verdict['b'] == sign and (beside(out, theirs).verdict['b'] == 'not comparable') == (k == 2)
+
+
+@pytest.mark.parametrize('diff,ci95,verdict', [
+    (.02, .05, 'confirmed'), (-.02, .05, 'confirmed'), (0., .1, 'confirmed'),                      # wholly within the margin of 0.1
+    (.02, .3, 'not shown'), (-.07, .07, 'not shown'), (.15, .1, 'not shown'), (-.15, .1, 'not shown'),  # reaching out of it, or into it
+    (.3, .1, 'contradicted'), (-.3, .1, 'contradicted')])
+def test_no_difference_needs_a_margin(diff, ci95, verdict):
+    out = compared(diff, ci95)
+    assert claim('', out, 'x', 0, .1)['verdict'] == verdict
+    for sign, margin in (0, 0), (0, -.1), (0, math.nan), (1, .1):
+        with pytest.raises(ValueError, match=f'margin={margin}'): claim('', out, 'x', sign, margin)
