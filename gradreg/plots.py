@@ -55,9 +55,9 @@ def plot_slopes(
     by:str,          # column that tells the groups apart
     ax:Axes          # where to draw
 )->Axes:
-    "Mean Frobenius norm of the logits' Jacobian per group, on and off the training points; bars with 95 % intervals, logarithmic."
+    "Mean Frobenius norm of the logits' Jacobian per group, on and off the training points; means with 95 % intervals, logarithmic."
     long = df.rename(columns=POINTS).melt(id_vars=by, value_vars=list(POINTS.values()), var_name='points', value_name='norm')
-    sns.barplot(long, x='norm', y=by, hue='points', errorbar=t_interval, err_kws=dict(linewidth=1), ax=ax)
+    sns.pointplot(long, x='norm', y=by, hue='points', errorbar=t_interval, linestyle='none', dodge=.5, markers=['o', 's', 'D', '^'], markersize=5, err_kws=dict(linewidth=1), ax=ax)
     ax.set(xscale='log', xlabel='mean $\\|J_g\\|_F$', ylabel='')
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter('{x:g}')
