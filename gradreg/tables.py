@@ -18,7 +18,7 @@ DONE = ('ok', 'diverged')  # what `status` says of a row that need not be made a
 
 def _read(path):
     "The rows of a result file as dicts of strings; a last line without its end, from some broken copy, does not count."
-    text = path.read_text(encoding='utf-8') if path.exists() else ''
+    text = path.read_text(encoding='utf-8-sig') if path.exists() else ''
     rows = csv.DictReader(io.StringIO(text[:text.rfind('\n')+1]))
     return [o for o in rows if None not in o and None not in o.values()]  # lines of the right length
 
@@ -27,7 +27,7 @@ def write_rows(
     rows  # dicts of values by column
 ):
     "Put a file with `rows` in the place of the old one: whole or not at all."
-    path = Path(path)
+    path = Path(path).resolve()  # the file itself, not a link to it
     path.parent.mkdir(parents=True, exist_ok=True)
     fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}-', suffix='.tmp')
     try:
@@ -51,7 +51,7 @@ def append_row(
     key:dict  # the columns that tell rows apart, each with the value that a blank stands for
 ):
     "Add a row to a result file: whole or not at all, once, whoever else is writing. A failed run's row gives way to a later one's."
-    path = Path(path)
+    path = Path(path).resolve()  # one lock, whatever link leads to it
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{path}.lock'):
         rows,mine = _read(path),_key(row, key)

@@ -471,3 +471,21 @@ def test_no_difference_needs_a_margin(diff, ci95, verdict):
     assert claim('', out, 'x', 0, .1)['verdict'] == verdict
     for sign, margin in (0, 0), (0, -.1), (0, math.nan), (1, .1):
         with pytest.raises(ValueError, match=f'margin={margin}'): claim('', out, 'x', sign, margin)
+
+
+def test_rows_reach_the_file_behind_a_link(tmp_path):
+    (tmp_path/'real').mkdir()
+    real, link = tmp_path/'real/rows.csv', tmp_path/'rows.csv'
+    append(real, seed=0)
+    link.symlink_to(real)
+    append(link, seed=1)
+    assert link.is_symlink() and load_rows(real).seed.tolist() == load_rows(link).seed.tolist() == [0, 1]
+    assert not (tmp_path/'rows.csv.lock').exists()  # one lock for both names
+
+
+def test_a_file_saved_by_excel_keeps_its_first_column(path):
+    append(path, data='cifar10')
+    path.write_text(path.read_text(), encoding='utf-8-sig')
+    assert load_rows(path).data.tolist() == ['cifar10'] and load_rows(path, KEY, [KEY]).empty  # and not MNIST's
+    append(path, data='cifar10')
+    assert len(load_rows(path)) == 1
