@@ -112,9 +112,14 @@ class FrobReg(GradReg):
     "Penalise `frob_reg`, the exact squared Frobenius norm of the logits' Jacobian (paper, section 2.1)."
     def penalty(self): return self.scaled(frob_reg, self.pred)
 
+def _logits(pred):
+    if pred.ndim < 2 or pred.shape[1] < 2:
+        raise ValueError(f"outputs of shape {tuple(pred.shape)}: needs the logits of two classes or more, (N,C), since the softmax of one is constant; FrobReg and SpectReg take any outputs")
+    return pred
+
 class JacReg(GradReg):
     "Penalise `jac_reg`, the exact squared Frobenius norm of the probabilities' Jacobian (paper, section 2.1)."
-    def penalty(self): return self.scaled(_frob_reg_of_probs, self.pred.softmax(1))
+    def penalty(self): return self.scaled(_frob_reg_of_probs, _logits(self.pred).softmax(1))
 
 # %% ../nbs/10_callbacks.ipynb #0ddbc199
 class DoubleBack(GradReg):
@@ -135,4 +140,4 @@ class DoubleBack(GradReg):
 class ConfidencePenalty(GradReg):
     "Penalise `confidence_penalty`, the negative entropy of the probabilities (paper, section 4)."
     def before_batch(self): pass  # needs no derivative in the input
-    def penalty(self): return confidence_penalty(self.pred)
+    def penalty(self): return confidence_penalty(_logits(self.pred))
