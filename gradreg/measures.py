@@ -175,7 +175,7 @@ def accuracy(
     bs:int=128 # examples worked on at a time, >= 1
 )->float: # in [0,1]
     "Share of the examples whose largest logit is that of their class."
-    return _chunkwise(_right, model, x, y, bs=bs).double().mean().item()
+    return _chunkwise(_right, model, x, y, bs=bs).sum().item()/len(x)
 
 # %% ../nbs/11_measures.ipynb #0cbd0122
 def _generator(n, seed):

@@ -6,21 +6,24 @@
 __all__ = ['PROTOCOL', 'REGULARIZERS', 'Run', 'grid', 'Iterations', 'Trace', 'halvings', 'HalfSumLoss', 'train', 'run']
 
 # %% ../nbs/12_runs.ipynb #67d19520
-import itertools, math, platform, resource, subprocess, time
+import itertools, math, platform, subprocess, time
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
+from pathlib import Path
 import torch
 from fastai.callback.core import CancelFitException, CancelTrainException, CancelValidException, Callback, TrainEvalCallback
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import set_seed
+from fastai.torch_core import default_device, set_seed
 from torch import nn
 from . import callbacks, models, penalties
 from .data import image_dls, load_arrays, sin_dls
 from .measures import accuracy, between, jac_norms, noise_like
+try: import resource
+except ImportError: resource = None  # Windows has none
 
 # %% ../nbs/12_runs.ipynb #72544aed
 PROTOCOL = 1  # raise it when a change of `run` or of the data makes old rows incomparable
@@ -154,7 +157,7 @@ def _opt_func(r):
 # %% ../nbs/12_runs.ipynb #7ebae9e5
 @lru_cache
 def _commit():
-    try: return subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
+    try: return subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=Path(callbacks.__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError): return ''
 
 def _machine(device):
@@ -164,6 +167,7 @@ def _machine(device):
 
 def _peak_mb(device):
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)/2**20
+    if resource is None: return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if platform.system() == 'Darwin' else 2**10)
 
 def _score(model, ds):
@@ -187,6 +191,7 @@ class HalfSumLoss(nn.Module):
         super().__init__()
         self.reduction = reduction
     def forward(self, pred, targ):
+        if pred.shape != targ.shape: raise ValueError(f"outputs {tuple(pred.shape)} and targets {tuple(targ.shape)} must have one shape: they would be broadcast")
         each = (pred - targ).square().flatten(1).sum(1)/2
         return each.sum() if self.reduction == 'sum' else each
 
@@ -196,6 +201,7 @@ class _Learner(Learner):
 
 def _learner(r, device):
     set_seed(r.seed)
+    if device is None and default_device().type == 'mps': device = 'cpu'  # max pooling has no second derivative on MPS
     dls = _dls(r, device)
     model = _model(r, dls).to(dls.device, memory_format=torch.channels_last)
     loss_func = HalfSumLoss() if r.data == 'sin' else nn.CrossEntropyLoss()
@@ -213,7 +219,7 @@ def _one_thread(): # best throughput for small networks, and the same sums in th
 @_one_thread()
 def train(
     r:Run,      # what to train
-    device=None # where; fastai's default device if None
+    device=None # where; fastai's default device if None, the CPU in place of MPS
 )->Learner: # trained; `dls.train`, `dls.valid` and `dls.test` are its points
     "Train `r` by the clean protocol (paper, section 4). The same Run gives the same weights on one CPU."
     learn = _learner(r, device)
@@ -233,7 +239,7 @@ def _outcome(r, learn):
 @_one_thread()
 def run(
     r:Run,      # what to train
-    device=None # where; fastai's default device if None
+    device=None # as in `train`
 )->dict: # the row: the Run's fields, status, metrics, slopes, seconds, memory, versions, machine
     "`train` `r` and measure the result (paper, section 4)."
     start = time.perf_counter()

@@ -217,3 +217,32 @@ def test_only_weights_get_a_gradient():
     runs._learner(replace(DIGITS, spect_reg=.1, iters=1), None).fit(1, cbs=Look())
     (required, of_x, of_weights), = seen
     assert required and of_x is None and all(g is not None for g in of_weights)
+
+
+def test_the_commit_is_that_of_the_package(monkeypatch, tmp_path):
+    runs._commit.cache_clear()
+    here = runs._commit()
+    runs._commit.cache_clear()
+    monkeypatch.chdir(tmp_path)  # no repository, or somebody else's
+    assert runs._commit() == here
+
+
+def test_half_sum_loss_does_not_broadcast():
+    with pytest.raises(ValueError, match=r'\(4, 1\) and targets \(4,\)'): runs.HalfSumLoss()(torch.zeros(4, 1), torch.ones(4))
+    assert runs.HalfSumLoss()(torch.zeros(4, 1), torch.ones(4, 1)) == 2
+
+
+@pytest.mark.parametrize('name', ['jac_reg', 'confidence_penalty'])
+def test_penalties_of_probabilities_refuse_one_output(name):
+    with pytest.raises(ValueError, match=r'outputs of shape \(25, 1\).*two classes'): run(replace(SIN, **{name: 1.}))
+
+
+def test_without_the_resource_module(monkeypatch, flat):  # Windows
+    monkeypatch.setattr(runs, 'resource', None)
+    assert np.isnan(run(SIN)['peak_mb']) or torch.cuda.is_available()
+
+
+def test_mps_gives_way_to_the_cpu(monkeypatch, learners):
+    monkeypatch.setattr(runs, 'default_device', lambda: torch.device('mps'))
+    run(SIN)
+    assert learners[0].dls.device.type == 'cpu'
