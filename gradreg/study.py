@@ -131,7 +131,7 @@ def run_all(
     path,         # result file, csv; made if it does not exist
     jobs=None,    # runs at a time, 0 to train nothing and take what is there; None: GRADREG_JOBS, or one for each GPU, or each core, of `device` if that is given; on Ray as many as fit
     backend=None, # 'loky' (processes of this machine) or 'ray' (a cluster; needs `pip install ray`); None: GRADREG_BACKEND, or 'loky'
-    device=None   # where to train; None: GRADREG_DEVICE, or fastai's default device
+    device=None   # where to train; None: GRADREG_DEVICE, or what `train` takes
 )->pd.DataFrame: # the rows of these runs, in their order
     "Train the runs that the file does not hold yet and return the rows of all. Can be interrupted and started again at any time."
     jobs,backend,device = _asked(jobs, backend, device)

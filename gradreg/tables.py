@@ -240,4 +240,3 @@ def _says(n, diff, ci95, sign, margin):
     if n < _few: return 'too few runs'
     if sign: return _verdict(n, diff, ci95, sign)
     return 'confirmed' if abs(diff) + ci95 <= margin else 'contradicted' if abs(diff) - ci95 > margin else 'not shown'
-
