@@ -6,6 +6,7 @@
 __all__ = ['sq_norm', 'vjp', 'jacobian', 'softmax_jacobian', 'xent_jacobian']
 
 # %% ../nbs/00_jacobians.ipynb #5de8dd7f
+import re
 import torch
 from torch import Tensor
 
@@ -54,6 +55,13 @@ def vjp(
 # %% ../nbs/00_jacobians.ipynb #be97a173
 def _rows_per_call(x): return 1 if x.is_cpu and x.ndim > 2 else 32  # measured below
 
+def _products(y, x, rows):
+    "`_grad` of each row, (N,k,*D): all at once, or one by one where the model's backward pass cannot be batched."
+    try: return _grad(y, x, rows, batched=True).movedim(0, 1)
+    except RuntimeError as e:
+        if not re.search('vmap|batching rule', str(e), re.I): raise
+        return torch.stack([_grad(y, x, r) for r in rows], 1)
+
 def _jacobian_rows(y, x, rows=None):
     "`jacobian` in parts (N,k,*D), for sums over rows that need no copy of them all."
     _check(y, x)
@@ -64,7 +72,7 @@ def _jacobian_rows(y, x, rows=None):
         raise ValueError(f"rows has shape {tuple(rows.shape)}, but y has {tuple(y.shape)}: (K,{c}) with K at least 1 is needed")
     rows, k = rows.unsqueeze(1).expand(-1, n, c), _rows_per_call(x)
     if k == 1: yield from (_grad(y, x, r).unsqueeze(1) for r in rows)
-    else: yield from (_grad(y, x, r, batched=True).movedim(0, 1) for r in rows.split(k))
+    else: yield from (_products(y, x, r) for r in rows.split(k))
 
 def jacobian(
     y:Tensor, # outputs computed from `x`, (N,C)

@@ -6,6 +6,7 @@ from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 from gradreg import jacobians
 from gradreg.jacobians import jacobian, softmax_jacobian, sq_norm, vjp, xent_jacobian
 from gradreg.penalties import (confidence_penalty, double_back, frob_reg, gaussian, jac_reg, rademacher, spect_reg,
@@ -376,6 +377,33 @@ def test_outputs_that_are_no_matrix(f):
     net, x, *_ = make('mlp')
     for y, shape in (net(x)[:, 0], r'\(4,\)'), (net(x)[..., None], r'\(4, 3, 1\)'):
         with pytest.raises(ValueError, match=rf'y has shape {shape}, but its Jacobian needs \(N,C\)'): f(y, x)
+
+class Checkpointed(nn.Sequential):
+    def forward(self, x): return checkpoint(super().forward, x, use_reentrant=False)
+
+class Watched(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        y.register_hook(lambda g: g*(g.norm().item() >= 0))
+        return y
+
+@pytest.mark.parametrize('f', [frob_reg, jac_reg])
+@pytest.mark.parametrize('odd,usual', [(lambda: Checkpointed(nn.Linear(6, 8), nn.Dropout(.5), nn.Tanh()), lambda: nn.Sequential(nn.Linear(6, 8), nn.Dropout(.5), nn.Tanh())),
+                                       (lambda: Watched(6, 8), lambda: nn.Linear(6, 8))], ids=['random numbers', 'item'])
+def test_a_backward_pass_that_cannot_be_batched(odd, usual, f):
+    def penalty(first):
+        torch.manual_seed(0)
+        net, x = nn.Sequential(first(), nn.Tanh(), nn.Linear(8, 3)).double(), torch.randn(4, 6, dtype=F64, requires_grad=True)
+        pen = f(net(x), x)
+        return pen.detach(), *torch.autograd.grad(pen.sum(), [p for p in net.parameters() if p.ndim > 1])
+    for ours, theirs in zip(penalty(odd), penalty(usual)): check(ours, theirs, 1e-12)
+
+def test_other_errors_of_a_backward_pass_are_shown():
+    net, x, *_ = make('mlp')
+    y = net(x)
+    def refuse(g): raise RuntimeError('no backward here')
+    y.register_hook(refuse)
+    with pytest.raises(RuntimeError, match='no backward here'): frob_reg(y, x)
 
 def test_outputs_of_any_shape_have_a_projection():
     torch.manual_seed(0)
