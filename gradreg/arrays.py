@@ -56,6 +56,8 @@ def _checked(
           'classes is not a row of different names')
     lo, hi = min(y_train.min(), y_test.min()), max(y_train.max(), y_test.max())
     _need(0 <= lo and hi < len(classes), where, f'labels run from {lo} to {hi}, but there are {len(classes)} classes')
+    absent = np.setdiff1d(np.arange(len(classes)), y_train)
+    _need(not absent.size, where, f'there are no training images of {classes[absent].tolist()}')
     return Arrays(x_train, y_train.astype(np.int64), x_test, y_test.astype(np.int64), classes.astype(str))
 
 # %% ../nbs/03_arrays.ipynb #d97f67f9

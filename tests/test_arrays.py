@@ -107,6 +107,8 @@ good = arrays()
     (dict(y_train=good['y_train'] - 1), 'labels run from -1'),
     (dict(y_train=good['y_train']*10**12), 'labels run from 0 to 3000000000000, but there are 4 classes'),
     (dict(classes=np.array(['a', 'b'])), 'labels run from 0 to 3, but there are 2 classes'),
+    (dict(classes=np.array(list('abcdef'))), r"there are no training images of \['e', 'f'\]"),
+    (dict(y_train=good['y_train']//2*2, classes=np.array(list('0123'))), r"there are no training images of \['1', '3'\]"),
     (dict(classes=np.array(0.5)), 'classes is not a row of different names'),
     (dict(classes=np.array(list('aabc'))), 'classes is not a row of different names'),
 ])
