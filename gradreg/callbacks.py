@@ -74,7 +74,9 @@ class GradReg(Callback):
         self._start_record()
         self.learn.metrics = self.learn.metrics + ValueMetric(self._mean, self.name)
 
-    def before_train(self): self._epoch_start = len(self.penalties)
+    def before_train(self):
+        if not self.learn.training: raise ValueError(f"{self.name} has gone to another Learner, the last that was given it: give each Learner a {type(self).__name__} of its own")
+        self._epoch_start = len(self.penalties)
 
     def before_batch(self):
         if not self._idle: self.learn.xb = tuple(_leaf(x) for x in self.xb)
