@@ -20,7 +20,8 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device, set_seed
 from torch import nn
 from . import callbacks, models, penalties
-from .data import image_dls, load_arrays, sin_dls
+from .arrays import find_arrays, load_arrays
+from .data import image_dls, sin_dls
 from .measures import accuracy, between, jac_norms, noise_like
 try: import resource
 except ImportError: resource = None  # Windows has none
@@ -129,7 +130,8 @@ def _callbacks(r):
     own = lambda name: {'probe': penalties.shared(probe) if r.shared_probe else probe} if name == 'spect_reg' else {}
     return [cb(getattr(r, name), every=r.every, **own(name)) for name, cb in REGULARIZERS.items() if getattr(r, name)]
 
-_arrays = lru_cache(maxsize=1)(load_arrays)  # a sweep reads its data set once
+_read = lru_cache(maxsize=1)(lambda name, *version: load_arrays(name))  # a sweep reads its data set once
+def _arrays(name): return _read(name, file := find_arrays(name), file and file.stat().st_mtime_ns)
 
 def _dls(r, device):
     if r.data == 'sin': return sin_dls(n=r.n_train, n_valid=r.n_valid, seed=r.seed, bs=r.bs, device=device)

@@ -1,5 +1,5 @@
 "What a reader of chapter 12_runs need not see: bad values, each field against a loop written by hand, traces"
-import random
+import os, random
 from dataclasses import fields, replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from gradreg import callbacks, penalties, runs
 from gradreg.data import image_dls, sin_dls
 from gradreg.models import lenet5, mlp
 from gradreg.runs import Run, grid, run
+from samples import arrays
 
 DIGITS = Run(data='digits', n_train=50, n_valid=50, bs=25, iters=4)
 SIN = Run(data='sin', model='mlp', n_train=50, n_valid=50, bs=25, iters=4)  # trains in milliseconds
@@ -246,3 +247,21 @@ def test_mps_gives_way_to_the_cpu(monkeypatch, learners):
     monkeypatch.setattr(runs, 'default_device', lambda: torch.device('mps'))
     run(SIN)
     assert learners[0].dls.device.type == 'cpu'
+
+
+def test_data_are_read_once_and_again_when_the_file_is_another(monkeypatch, tmp_path):
+    monkeypatch.setenv('GRADREG_DATA', str(tmp_path))
+    def write(seed): np.savez(tmp_path/'mine.npz', **arrays(seed=seed))
+    write(0)
+    first = runs._arrays('mine')
+    assert runs._arrays('mine') is first
+    write(1)
+    os.utime(tmp_path/'mine.npz', (1, 1))
+    np.testing.assert_array_equal(runs._arrays('mine').x_train, arrays(seed=1)['x_train'])
+    (tmp_path/'other').mkdir()
+    (tmp_path/'mine.npz').rename(tmp_path/'other'/'mine.npz')
+    monkeypatch.setenv('GRADREG_DATA', str(tmp_path/'other'))
+    second = runs._arrays('mine')
+    np.testing.assert_array_equal(second.x_train, arrays(seed=1)['x_train'])
+    assert runs._arrays('digits').x_train.shape == (797, 28, 28)  # no file at all
+    assert runs._arrays('digits') is runs._arrays('digits')
