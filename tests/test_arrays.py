@@ -1,4 +1,4 @@
-"What a reader of chapter 03_arrays need not see: broken files, interrupted writes, no network"
+"What a reader of chapter 05_arrays need not see: broken files, interrupted writes, no network"
 import hashlib, io, os, signal, subprocess, sys, zipfile
 from pathlib import Path
 from urllib.error import URLError

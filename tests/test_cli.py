@@ -1,4 +1,4 @@
-"What a reader of chapter 22_cli need not see: each command on a small repository of its own, errors, exit codes, the page, Ctrl-C"
+"What a reader of chapter 23_cli need not see: each command on a small repository of its own, errors, exit codes, the page, Ctrl-C"
 import json, math, os, re, signal, subprocess, sys, time
 from dataclasses import asdict, fields, replace
 from html.parser import HTMLParser

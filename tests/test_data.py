@@ -1,4 +1,4 @@
-"What a reader of chapter 03_data need not see: determinism, scaling, fastai's ways of use"
+"What a reader of chapter 06_data need not see: determinism, scaling, fastai's ways of use"
 import hashlib, importlib.util, random, sys, types
 
 import matplotlib

@@ -1,4 +1,4 @@
-"What a reader of chapter 04_tables need not see: broken files, full disks, two writers, SciPy's and other people's numbers, verdicts at their edges"
+"What a reader of chapter 08_tables need not see: broken files, full disks, two writers, SciPy's and other people's numbers, verdicts at their edges"
 import csv, math, multiprocessing, os
 from collections import Counter
 from pathlib import Path
