@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import gradreg
-from gradreg.arrays import Arrays, _cache, _folders, _write_npz, find_arrays, load_arrays
+from gradreg.arrays import Arrays, _cache, _folders, _write_npz, find_arrays, load_arrays, whole_file
 from gradreg.data import image_dls
 from samples import arrays, real
 
@@ -162,6 +162,52 @@ def test_a_folder_that_is_none(monkeypatch, tmp_path):
 
 
 # writing
+
+@pytest.mark.parametrize('umask, mode', [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_a_new_file_gets_the_mode_of_every_new_file(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        with whole_file(tmp_path/'a'/'b.txt', 'w') as f: f.write('x')
+    finally: os.umask(before)
+    assert (tmp_path/'a'/'b.txt').stat().st_mode & 0o7777 == mode
+
+
+@pytest.mark.parametrize('mode', [0o600, 0o644, 0o440, 0o777])
+def test_an_old_file_keeps_its_mode(mode, tmp_path):
+    (f := tmp_path/'b.txt').write_text('old')
+    f.chmod(mode)
+    with whole_file(f) as o:
+        assert [p.stat().st_mode & 0o077 for p in tmp_path.iterdir() if p != f] == [0]  # nobody reads it before
+        o.write(b'new')
+    assert (f.stat().st_mode & 0o7777, f.read_text(), os.listdir(tmp_path)) == (mode, 'new', ['b.txt'])
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path/'there').mkdir()
+    for o in 'link', 'link again': # at first to a file that is not there yet
+        (link := tmp_path/o).symlink_to(tmp_path/'there'/'b.txt')
+        with whole_file(link, 'w') as f: f.write(o)
+        assert link.is_symlink() and (tmp_path/'there'/'b.txt').read_text() == o
+
+
+@pytest.mark.parametrize('make', [Path.mkdir, os.mkfifo, lambda p: p.symlink_to(os.devnull)], ids=['folder', 'pipe', 'device'])
+def test_only_files_are_replaced(make, tmp_path):
+    make(tmp_path/'b')
+    with pytest.raises(FileExistsError, match=r'is a folder, a pipe or a device: name a file'), whole_file(tmp_path/'b'): pass
+    assert os.listdir(tmp_path) == ['b'] and not Path(os.devnull).is_file()
+
+
+def test_whole_file_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    with whole_file('~/b.txt', 'w', encoding='utf-16', newline='\r\n') as f: f.write('\u00e4\n')
+    assert (tmp_path/'b.txt').read_bytes().decode('utf-16') == '\u00e4\r\n'
+
+
+def test_arrays_needs_neither_torch_nor_fastai():
+    code = "import sys; import gradreg.arrays; print({'torch', 'fastai', 'fastcore', 'torchvision', 'pandas'} & set(sys.modules))"
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(gradreg.__file__).parents[1])
+    assert r.stdout.strip() == 'set()', r.stdout + r.stderr
+
 
 def test_an_interrupted_write_leaves_what_was_there(cache, monkeypatch):
     f, a = cache/'mine.npz', Arrays(**good, classes=np.arange(4).astype(str))
