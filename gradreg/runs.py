@@ -33,7 +33,7 @@ PROTOCOL = 1  # raise it when a change of `run` or of the data makes old rows in
 class Run:
     "One training run: every field is a column of the result file (paper, section 4; defaults: small MNIST)."
     data:str='mnist'             # a data set that `load_arrays` knows, or 'sin'
-    model:str='lenet5'           # lenet5, mlp, cifar_resnet or resnet18
+    model:str='lenet5'           # lenet5, mlp, cifar_resnet, cifar_resnet12, cifar_resnet_nobn or resnet18
     n_train:int=2000             # training points, balanced over the classes
     double_back:float=0.         # strength (lambda) of DoubleBack, 0 for none
     jac_reg:float=0.             # of JacReg
@@ -141,11 +141,12 @@ def _dls(r, device):
     return image_dls(arrays, per_class, n_valid=r.n_valid, seed=r.seed, bs=r.bs, device=device)
 
 def _model(r, dls):
-    if r.model not in (('mlp',) if r.data == 'sin' else ('lenet5', 'cifar_resnet', 'resnet18')):
-        raise ValueError(f"model={r.model!r} on {r.data}: choose lenet5, cifar_resnet or resnet18 for images, mlp for sin")
+    images = 'lenet5', 'cifar_resnet', 'cifar_resnet12', 'cifar_resnet_nobn', 'resnet18'
+    if r.model not in (('mlp',) if r.data == 'sin' else images):
+        raise ValueError(f"model={r.model!r} on {r.data}: choose mlp for sin, and for images one of {', '.join(images)}")
     if r.model == 'lenet5': return models.lenet5(dls.c, p_drop=r.p_drop, bn=r.bn)
     if r.bn or r.p_drop: raise ValueError(f"bn={r.bn}, p_drop={r.p_drop} on {r.model}: only lenet5 has a choice of them")
-    return models.mlp((1, 64, 64, 64, 64, 64, 1)) if r.model == 'mlp' else getattr(models, r.model)(dls.c)
+    return models.sin_mlp() if r.model == 'mlp' else getattr(models, r.model)(dls.c)
 
 def _opt_func(r):
     def opt(params, lr): # weight decay on weights only, which are the parameters of more than one axis

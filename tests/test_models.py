@@ -5,12 +5,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.testing import assert_close
-from gradreg.models import cifar_resnet, lenet5, mlp, resnet18
+from gradreg.models import cifar_resnet, cifar_resnet12, cifar_resnet_nobn, lenet5, mlp, resnet18, sin_mlp
 
 SMALL = {'mlp': (lambda: mlp((12, 16, 16, 3)), (3, 2, 2)), 'lenet5': (lambda: lenet5(3), (1, 28, 28)),
          'dropout': (lambda: lenet5(3, p_drop=.5), (1, 28, 28)), 'bn': (lambda: lenet5(3, bn=True), (1, 28, 28)),
          'both': (lambda: lenet5(3, p_drop=.3, bn=True), (1, 28, 28)),
-         'cifar_resnet': (lambda: cifar_resnet(3, width=4, n_blocks=2), (3, 12, 10)), 'resnet18': (lambda: resnet18(3), (3, 16, 16))}
+         'cifar_resnet': (lambda: cifar_resnet(3, width=4, n_blocks=2), (3, 12, 10)),
+         'nobn': (lambda: cifar_resnet(3, width=4, n_blocks=2, norm=False), (3, 12, 10)),
+         'resnet18': (lambda: resnet18(3), (3, 16, 16))}
 small = pytest.mark.parametrize('name', SMALL)
 
 def make(name, n=4, dtype=torch.float32, seed=0):
@@ -21,7 +23,8 @@ def make(name, n=4, dtype=torch.float32, seed=0):
 def n_params(net): return sum(p.numel() for p in net.parameters())
 
 def test_needs_neither_fastai_nor_torchvision():
-    code = "import sys, gradreg.models as m; m.lenet5(); bad = {'fastai', 'torchvision'} & {k.split('.')[0] for k in sys.modules}; sys.exit(f'{bad}' if bad else 0)"
+    code = ("import sys, gradreg.models as m; m.lenet5(); bad = {'fastai', 'torchvision'} & "
+            "{k.split('.')[0] for k in sys.modules}; sys.exit(f'{bad}' if bad else 0)")
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
 
@@ -40,6 +43,15 @@ def test_cifar_resnet_count(c, w, b):
     conv = lambda ni, nf: 9*ni*nf + 2*nf  # no bias; scale and shift of the normalization
     level = lambda ni, nf: conv(ni, nf) + (2*b-1)*conv(nf, nf)
     assert n_params(cifar_resnet(c, w, b)) == conv(3, w) + level(w, w) + level(w, 2*w) + level(2*w, 4*w) + c*(4*w+1)
+    conv = lambda ni, nf: (9*ni + 1)*nf  # a bias and no normalization
+    bare = conv(3, w) + level(w, w) + level(w, 2*w) + level(2*w, 4*w) + c*(4*w+1)
+    assert n_params(cifar_resnet(c, w, b, norm=False)) == bare
+
+def test_entries_are_the_networks_they_name():
+    for entry, net in (cifar_resnet12(7), cifar_resnet(7, 12)), (cifar_resnet_nobn(7), cifar_resnet(7, norm=False)), \
+                      (sin_mlp(), mlp((1, 64, 64, 64, 64, 64, 1))):
+        assert [(k, p.shape) for k, p in entry.named_parameters()] == [(k, p.shape) for k, p in net.named_parameters()]
+    assert n_params(cifar_resnet12(10)) == 152_182 and n_params(cifar_resnet_nobn(10)) == 2_410_666  # counted by hand
 
 def test_resnet18_count():
     from torchvision.models import resnet18 as original
@@ -58,7 +70,9 @@ def test_mlp_by_hand():
 def test_lenet_by_hand(bn):
     torch.manual_seed(0)
     net, x = lenet5(10, bn=bn).eval(), torch.randn(5, 1, 28, 28)
-    if bn: net[-2].running_mean.normal_(); net[-2].running_var.uniform_(.5, 2); nn.init.normal_(net[-2].weight); nn.init.normal_(net[-2].bias)
+    if bn:
+        net[-2].running_mean.normal_(); net[-2].running_var.uniform_(.5, 2)
+        nn.init.normal_(net[-2].weight); nn.init.normal_(net[-2].bias)
     c1, b1, c2, b2, c3, b3, w4, b4, *norm, w5, b5 = net.parameters()
     h = F.max_pool2d(F.conv2d(F.pad(x, (2, 2, 2, 2)), c1, b1).clamp(min=0), 2)
     h = F.max_pool2d(F.conv2d(h, c2, b2).clamp(min=0), 2)
@@ -88,7 +102,8 @@ def test_resnet18_is_torchvisions():
     net, x = make('resnet18')
     twin = original(num_classes=3)
     twin.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    twin.load_state_dict({k.replace('conv1.1.', 'conv1.') if k.startswith('conv1.') else k: v for k, v in net.state_dict().items()})
+    def theirs(k): return k.replace('conv1.1.', 'conv1.') if k.startswith('conv1.') else k
+    twin.load_state_dict({theirs(k): v for k, v in net.state_dict().items()})
     assert_close(net.eval()(x), twin.eval()(x))
 
 def test_dropout_is_where_table_2_has_it():
@@ -111,7 +126,8 @@ def test_dropout_is_where_table_2_has_it():
 def test_logits_not_probabilities(name):
     net, x = make(name, 8)
     net.eval(); y = net(30*x)
-    assert y.shape == (8, 3) and (y < 0).any() and not torch.allclose(y.sum(1), torch.ones(8), atol=1e-3)
+    assert y.shape == (8, 3) and ((y < 0) | (y > 1)).any()
+    assert not torch.allclose(y.sum(1), torch.ones(8), atol=1e-3)
 
 @small
 def test_examples_are_independent_in_eval_mode(name):
@@ -122,7 +138,8 @@ def test_examples_are_independent_in_eval_mode(name):
 def test_every_weight_learns(name):
     net, x = make(name, 8)
     F.cross_entropy(net(x), torch.arange(8) % 3).backward()
-    for k, p in net.named_parameters(): assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, k
+    for k, p in net.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, k
 
 # two derivatives: the graph form against torch.func in float64
 def graph_penalty(net, x, v):
@@ -146,7 +163,8 @@ def test_double_backward(name, dtype):
     for k, o in zip(ps, ours):
         o = torch.zeros_like(ps[k]) if o is None else o
         scale = theirs[k].abs().max().item()
-        assert_close(o.double(), theirs[k], rtol=1e-7, atol=(1e-3 if dtype == torch.float32 else 1e-9)*max(scale, 1e-12), msg=lambda m: f'{k}: {m}')
+        atol = (1e-3 if dtype == torch.float32 else 1e-9)*max(scale, 1e-12)
+        assert_close(o.double(), theirs[k], rtol=1e-7, atol=atol, msg=lambda m: f'{k}: {m}')
     assert sum(o is not None and o.abs().sum().item() > 0 for o in ours) >= len(ours)//3
 
 @pytest.mark.parametrize('name', ['dropout', 'bn', 'both', 'cifar_resnet', 'resnet18'])
@@ -159,7 +177,8 @@ def test_double_backward_in_train_mode(name):
     def move(e):
         with torch.no_grad():
             for p, d in zip(ps, ds): p.add_(d, alpha=e)
-    slope = sum((g*d).sum() for g, d in zip(torch.autograd.grad(pen(), ps, allow_unused=True), ds) if g is not None).item()
+    grads = torch.autograd.grad(pen(), ps, allow_unused=True)
+    slope = sum((g*d).sum() for g, d in zip(grads, ds) if g is not None).item()
     e = 1e-8
     move(e); up = pen().item(); move(-2*e); down = pen().item()
     assert abs(slope) > 0 and abs((up-down)/(2*e*slope) - 1) < 1e-4
@@ -190,11 +209,14 @@ def test_seed_decides_the_weights(name):
     assert not any(torch.equal(p, q) for p, q in zip(a.parameters(), c.parameters()) if p.ndim > 1)
 
 # doors
-WRONG = {'mlp': [(4, 11), (4,), (4, 3, 2, 3), ()], 'lenet5': [(4, 1, 32, 32), (4, 1, 28, 27), (4, 3, 28, 28), (1, 28, 28), (4, 784), (4, 1, 1, 28, 28)],
-         'cifar_resnet': [(4, 1, 32, 32), (3, 32, 32), (4, 4, 32, 32), (4, 3072)], 'resnet18': [(4, 1, 64, 64), (3, 64, 64), (4, 64, 64, 3)]}
+WRONG = {'mlp': [(4, 11), (4,), (4, 3, 2, 3), ()],
+         'lenet5': [(4, 1, 32, 32), (4, 1, 28, 27), (4, 3, 28, 28), (1, 28, 28), (4, 784), (4, 1, 1, 28, 28)],
+         'cifar_resnet': [(4, 1, 32, 32), (3, 32, 32), (4, 4, 32, 32), (4, 3072)],
+         'resnet18': [(4, 1, 64, 64), (3, 64, 64), (4, 64, 64, 3)]}
 @pytest.mark.parametrize('name,shape', [(k, s) for k, v in WRONG.items() for s in v])
 def test_wrong_shape(name, shape):
-    with pytest.raises(ValueError, match=rf'^{name} takes inputs of shape \(N,.*, not \('): make(name)[0](torch.randn(shape))
+    net = make(name)[0]
+    with pytest.raises(ValueError, match=rf'^{name} takes inputs of shape \(N,.*, not \('): net(torch.randn(shape))
 
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.int64, torch.bool])
 @small
@@ -203,9 +225,11 @@ def test_not_a_float(name, dtype):
     with pytest.raises(ValueError, match=f'takes floats, not {dtype}'): net(x.to(dtype))
 
 @pytest.mark.parametrize('f,arg', [
-    (lambda: mlp((3,)), r'\(3,\)'), (lambda: mlp([]), r'\(\)'), (lambda: mlp((3, 0)), r'\(3, 0\)'), (lambda: mlp((3, -1, 2)), '-1'),
-    (lambda: lenet5(0), 'n_out.*0'), (lambda: lenet5(p_drop=1.), 'p_drop.*1.0'), (lambda: lenet5(p_drop=-.1), 'p_drop.*-0.1'),
-    (lambda: lenet5(p_drop=float('nan')), 'p_drop.*nan'), (lambda: cifar_resnet(0), 'n_out'), (lambda: cifar_resnet(10, width=0), 'width'),
+    (lambda: mlp((3,)), r'\(3,\)'), (lambda: mlp([]), r'\(\)'), (lambda: mlp((3, 0)), r'\(3, 0\)'),
+    (lambda: mlp((3, -1, 2)), '-1'), (lambda: sin_mlp(0), '0'),
+    (lambda: lenet5(0), 'n_out.*0'), (lambda: lenet5(p_drop=1.), 'p_drop.*1.0'), (lambda: lenet5(p_drop=-.1), '-0.1'),
+    (lambda: lenet5(p_drop=float('nan')), 'p_drop.*nan'), (lambda: cifar_resnet(0), 'n_out'),
+    (lambda: cifar_resnet(10, width=0), 'width'), (lambda: cifar_resnet12(0), 'n_out'),
     (lambda: cifar_resnet(10, n_blocks=0), 'n_blocks'), (lambda: resnet18(0), 'n_out')])
 def test_wrong_arguments(f, arg):
     with pytest.raises(ValueError, match=arg): f()
