@@ -4,23 +4,21 @@
 
 # %% auto #0
 __all__ = ['balanced_idxs', 'split_idxs', 'channel_stats', 'scale', 'ArrayDS', 'ArrayDL', 'ArrayDataLoaders', 'image_dls',
-           'sin_dls', 'Arrays', 'load_arrays']
+           'sin_dls', 'image_loaders', 'sin_loaders']
 
 # %% ../nbs/06_data.ipynb #68e4849b
+from functools import lru_cache
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import CategoryMap
-from fastai.losses import CrossEntropyLossFlat, MSELossFlat
+from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import default_device
 from scipy.special import ndtri
 from torch import Tensor
-from .arrays import Arrays, _checked, _need, load_arrays
-
-# %% ../nbs/06_data.ipynb #9a1a62b5
-_all_ = ['Arrays', 'load_arrays']
+from .arrays import Arrays, _checked, _need, find_arrays, load_arrays
 
 # %% ../nbs/06_data.ipynb #e012cc00
 _valid, _shuffle, _sin = 1, 2, 3 # which stream of a seed serves for what; the balanced subset uses the first, 0
@@ -92,17 +90,20 @@ class ArrayDS:
         vocab:CategoryMap|None=None, # names of the classes
         mean:np.ndarray|None=None, # what was subtracted from the images, in 0...255, (C,)
         sd:np.ndarray|None=None, # what they were divided by, (C,)
-    ): self.x, self.y, self.vocab, self.mean, self.sd = x, y, vocab, mean, sd
+        task:str='classification', # the name of what is to be learnt
+    ): self.x, self.y, self.vocab, self.mean, self.sd, self.task = x, y, vocab, mean, sd, task
 
     @property
     def c(self): return len(self.vocab) if self.vocab else self.y.shape[1] # fastai: how many outputs a model needs
     @property
-    def loss_func(self): return MSELossFlat() if self.y.is_floating_point() else CrossEntropyLossFlat() # fastai: where none is given
+    def loss_func(self): # fastai: where none is given
+        if self.vocab: return CrossEntropyLossFlat()
+        raise AttributeError('no classes: the task says what the loss is')
     @property
     def tensors(self): return (self.x,) if self.y is None else (self.x, self.y)
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return tuple(t[i] for t in self.tensors)
-    def new(self, x, y=None): return type(self)(x, y, self.vocab, self.mean, self.sd)
+    def new(self, x, y=None): return type(self)(x, y, self.vocab, self.mean, self.sd, self.task)
     def to(self, device): return self.new(*(t.to(device) for t in self.tensors))
     def new_empty(self): return self.new(*(t[:0].clone() for t in self.tensors)) # a view would keep all the data
 
@@ -226,5 +227,34 @@ def sin_dls(
     if min(n, n_valid) < 1 or noise < 0: raise ValueError(f'n={n}, n_valid={n_valid} must be 1 or more, noise={noise} 0 or more')
     grid = np.linspace(-1, 1, 1000)
     parts = _sin_set(n, noise, seed, 0), _sin_set(n_valid, noise, seed, 1), (grid, np.sin(5*grid))
-    sets = (ArrayDS(*(torch.from_numpy(o).float()[:,None] for o in xy)) for xy in parts)
+    sets = (ArrayDS(*(torch.from_numpy(o).float()[:,None] for o in xy), task='sin') for xy in parts)
     return _dls(*sets, bs, 1000, seed, device)
+
+# %% ../nbs/06_data.ipynb #3c28d364
+_read = lru_cache(maxsize=1)(lambda name, *version: load_arrays(name))
+
+def image_loaders(
+    name:str, # for `load_arrays`
+    n_train:int, # training points, a multiple of the number of classes
+    n_valid:int, # validation points, from the rest of the training corpus
+    seed:int, # as in `image_dls`
+    bs:int, # training points per batch
+    device=None, # where the data lie; fastai's default device if None
+)->ArrayDataLoaders: # train, valid, test, with the task 'classification'
+    "`image_dls` of a data set for a study, by the number of training points in all (section 4)"
+    file = find_arrays(name)
+    a = _read(name, file, file and file.stat().st_mtime_ns)
+    per_class, over = divmod(n_train, len(a.classes))
+    if over or n_train < 1:
+        raise ValueError(f'n_train={n_train}: the subset of {name} is balanced, take a multiple of its {len(a.classes)} classes')
+    return image_dls(a, per_class, n_valid, seed, bs, device=device)
+
+def sin_loaders(
+    n_train:int, # training points
+    n_valid:int, # validation points
+    seed:int, # as in `sin_dls`
+    bs:int, # training points per batch
+    device=None, # where the data lie; fastai's default device if None
+)->ArrayDataLoaders: # train, valid, test, with the task 'sin'
+    "`sin_dls` for a study, with the paper's noise (section 4)"
+    return sin_dls(n_train, seed=seed, bs=bs, n_valid=n_valid, device=device)

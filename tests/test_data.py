@@ -13,7 +13,8 @@ from fastai.losses import CrossEntropyLossFlat
 from torch import nn
 
 from gradreg import data
-from gradreg.data import (ArrayDL, ArrayDS, Arrays, balanced_idxs, channel_stats, image_dls, load_arrays, scale, sin_dls,
+from gradreg.arrays import Arrays, load_arrays
+from gradreg.data import (ArrayDL, ArrayDS, balanced_idxs, channel_stats, image_dls, image_loaders, scale, sin_dls, sin_loaders,
                           split_idxs)
 from samples import arrays, real
 
@@ -235,12 +236,13 @@ def test_learner(tmp_path):
     assert [len(o.dataset) for o in loaded.dls] == [0, 0, 0] and loaded.dls.vocab == list('0123')
 
 
-def test_a_learner_finds_its_loss_in_the_data():
-    for dls,want in (image_dls(named(), 10, 20, bs=8, device='cpu'), F.cross_entropy), (sin_dls(20, n_valid=10, bs=8, device='cpu'), F.mse_loss):
-        x,y = dls.valid.dataset[:]
-        learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), dls.c)))
-        assert np.isclose(learn.validate()[0], want(learn.model(x), y).item())
-    with pytest.raises(AssertionError, match='loss function'): Learner(types.SimpleNamespace(train_ds=ArrayDS(x)), learn.model)  # no targets
+def test_a_learner_finds_its_loss_in_the_data_of_classes():
+    dls = image_dls(named(), 10, 20, bs=8, device='cpu')
+    x, y = dls.valid.dataset[:]
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(64, dls.c)))
+    assert np.isclose(learn.validate()[0], F.cross_entropy(learn.model(x), y).item())
+    for other in sin_dls(20, n_valid=10, bs=8), types.SimpleNamespace(train_ds=ArrayDS(x)): # values, no targets
+        with pytest.raises(AssertionError, match='loss function'): Learner(other, learn.model)
 
 
 def test_fastais_interpretation_counts_each_class():
@@ -304,7 +306,7 @@ def test_sin_noise():
     dls = sin_dls(n=5000, noise=0.3, seed=1, n_valid=5000, device='cpu')
     for dl in (dls.train, dls.valid):
         x, e = dl.x[:,0].numpy(), (dl.y - torch.sin(5*dl.x))[:,0].numpy()
-        assert kstest(x, 'uniform', (-1, 2)).pvalue > 0.01 and kstest(e, 'norm', (0, 0.3)).pvalue > 0.01
+        assert kstest((x + 1)/2, 'uniform').pvalue > 0.01 and kstest(e/0.3, 'norm').pvalue > 0.01
         assert abs(np.corrcoef(x, e)[0, 1]) < 4/5000**0.5
     assert not set(dls.train.x[:,0].tolist()) & set(dls.valid.x[:100,0].tolist())
     assert torch.equal(sin_dls(n=100, noise=0.3, seed=1, device='cpu').train.y, dls.train.y[:100])
@@ -314,6 +316,33 @@ def test_sin_noise():
 @pytest.mark.parametrize('kwargs', [dict(n=0), dict(n_valid=0), dict(noise=-0.1)])
 def test_sin_refuses(kwargs):
     with pytest.raises(ValueError, match='must be 1 or more'): sin_dls(**kwargs)
+
+
+# loaders for a study
+
+def test_a_study_gets_the_same_points(monkeypatch):
+    monkeypatch.setattr(data, 'load_arrays', lambda name, a=named(): a)
+    data._read.cache_clear()
+    for got, want, task in ((image_loaders('mnist', 20, 30, 2, 10, 'cpu'), image_dls(named(), 5, 30, 2, 10, device='cpu'), 'classification'),
+                            (sin_loaders(60, 40, 2, 10, 'cpu'), sin_dls(60, 0.1, 2, 10, 40, 'cpu'), 'sin')):
+        assert got.task == want.task == task == got.test.dataset.task
+        for o,p in zip(got, want, strict=True):
+            assert torch.equal(o.x, p.x) and torch.equal(o.y, p.y) and (o.bs, o.seed, o.shuffle) == (p.bs, p.seed, p.shuffle)
+    data._read.cache_clear()
+
+
+def test_a_sweep_reads_its_data_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(data, 'load_arrays', lambda name: calls.append(name) or named())
+    data._read.cache_clear()
+    for seed in range(3): image_loaders('digits', 20, 10, seed, 10, 'cpu')
+    assert calls == ['digits']
+    data._read.cache_clear()
+
+
+@pytest.mark.parametrize('n', [0, -10, 7, 201])
+def test_n_train_is_a_multiple_of_the_classes(n):
+    with pytest.raises(ValueError, match=f'n_train={n}: .* multiple of its 10 classes'): image_loaders('digits', n, 100, 0, 5)
 
 
 # real data, where they are
