@@ -18,7 +18,8 @@ from joblib import Parallel, cpu_count, delayed, parallel_config
 from tqdm import tqdm
 from .arrays import find_arrays, load_arrays
 from .runs import REGULARIZERS, Run, grid, run
-from .tables import DONE, append_row, compare, load_rows, results, summarize
+from .rows import DONE, append_row, load_rows, results
+from .tables import compare, summarize
 
 # %% ../nbs/20_study.ipynb #b7d20c91
 _all_ = ['Run', 'grid', 'run', 'append_row', 'compare', 'load_rows', 'results', 'summarize']

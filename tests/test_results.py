@@ -8,7 +8,7 @@ from fastai.callback.core import Callback, CancelFitException
 from gradreg import runs
 from gradreg.arrays import find_arrays
 from gradreg.runs import PROTOCOL, Run, halvings, run
-from gradreg.tables import load_rows
+from gradreg.rows import load_rows
 
 root = Path(__file__).resolve().parents[1]
 files = {p.stem: df for p in sorted((root/'nbs/studies/results').glob('*.csv')) if 'iters' in (df := load_rows(p)).columns}
