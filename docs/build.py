@@ -7,7 +7,7 @@ import nbformat, yaml
 here = Path(__file__).resolve().parent
 root = here.parent
 sys.path.insert(0, str(here))
-import reference, tables
+import answers, reference, tables
 from gradreg.runs import REGULARIZERS
 from make_readme import directives
 from reference import cfg, github
@@ -42,7 +42,7 @@ def documented(cells):
     for c in cells:
         text = ''.join(c.outputs[0].data['text/markdown'])
         link,name,code,doc = re.search(r'\((https://\S+)\).*?\n### (\S+)\n(.*?```python.*?```)(.*)', text, re.S).groups()
-        code = re.sub(r'\[`([\w.]+)`\]\([^)]*\)', r'\1', code)
+        code = reference.named(re.sub(r'\[`([\w.]+)`\]\([^)]*\)', r'\1', code))
         entries.append((int(link.rpartition('#L')[2]), f'### {name}\n{code}\n\n{relink(doc.strip())} [source]({link})'))
     return '\n\n'.join(o for _,o in sorted(entries))
 
@@ -89,8 +89,10 @@ def contents(paths, pages):
     "The navigation: what is there, in the order of the book."
     names = [p.with_suffix('').as_posix() for p in paths]
     studies = sorted((o for o in names if o.startswith('studies/')), key=lambda o: (not o.endswith('/index'), o))
-    parts = {'Start': ['Home <self>', *(o for o in ('install', 'training', 'slider', 'extend') if o in pages)], 'Regularizers': [f'regularizers/{o}' for o in REGULARIZERS],
-             'Chapters': [o for o in names if re.match(r'\d\d_', o)], 'Studies': studies, 'Reference': ['api/index', 'changelog', 'citation']}
+    cards = [f'regularizers/{o}' for o in (*REGULARIZERS, *sorted(o.rpartition('/')[2] for o in pages if o.startswith('regularizers/'))) if f'regularizers/{o}' in pages]
+    parts = {'Start': ['Home <self>', 'install', *(o for o in ('slider',) if o in pages)],
+             'Use': [*(o for o in ('training', 'compare') if o in pages), *dict.fromkeys(cards), 'extend'],
+             'Results': studies, 'Chapters': [o for o in names if re.match(r'\d\d_', o)], 'Reference': ['api/index', 'changelog', 'citation']}
     return '\n'.join(toctree(docs, caption) for caption,docs in parts.items())
 
 def stage_notebooks(src, results, written):
@@ -112,7 +114,7 @@ def stage(src, results):
     shutil.copytree(root/'nbs', src, ignore=shutil.ignore_patterns('*.ipynb', 'out', 'models', '.*', '*.lock', '*.tmp'))  # what notebooks link
     written = {p.relative_to(here).with_suffix('').as_posix(): p.read_text(encoding='utf-8') for p in here.rglob('*.md') if '_build' not in p.parts}
     written['changelog'] = (root/'CHANGELOG.md').read_text(encoding='utf-8')
-    values = {**tables.all_tables(results), 'slider': tables.slider(results)}
+    values = {**tables.all_tables(results), **answers.all_answers(results, lambda c: tables.cost(c, results)), 'slider': tables.slider(results)}
     if not values['slider']:
         print('docs: no sin_curves.csv and sin_points.csv among the results, so the site has no slider', file=sys.stderr)
         del written['slider']

@@ -67,12 +67,22 @@ def passed_on(mod, name):
 
 # ---------------------------------------------------------------- entries
 
+short = {'torch.': '', 'nn.modules.module.': 'nn.', 'functools.': '', 'collections.abc.': '', 'pandas.': 'pd.', 'numpy.': 'np.', 'pathlib.': ''}
+
+def named(text):
+    "A function by its name, not by where it lies in memory; and without the package of well-known types."
+    text = re.sub(r'<(?:function|built-in function|bound method) (?:[\w.<>]+\.)?(\w+)(?:\s+at\s+0x[0-9a-f]+|\s+of\s[^>]*)?>', r'\1', text)
+    for module,name in short.items(): text = text.replace(module, name)
+    return text
+
+def shown(p):
+    "A parameter as its signature has it."
+    return named(str(p.replace(default=p.default.__name__)).replace("'", '') if inspect.isfunction(p.default) else str(p))
+
 def signature(obj, name):
     sig = inspect.signature(obj)
-    bare = lambda a: a.replace('torch.', '').replace('pandas.', 'pd.').replace('numpy.', 'np.').replace('pathlib.', '')
-    shown = [str(p.replace(default=p.default.__name__)).replace("'", '') if inspect.isfunction(p.default) else str(p) for p in sig.parameters.values()]
-    returns = '' if inspect.isclass(obj) or sig.return_annotation is sig.empty else f' -> {inspect.formatannotation(sig.return_annotation)}'
-    return bare(f'{name}({", ".join(shown)}){returns}')
+    returns = '' if inspect.isclass(obj) or sig.return_annotation is sig.empty else f' -> {named(inspect.formatannotation(sig.return_annotation))}'
+    return f'{name}({", ".join(map(shown, sig.parameters.values()))}){returns}'
 
 def fields(obj, mod):
     "Parameters and result as field lists."

@@ -1,5 +1,5 @@
 "What the site's pages say is true: their code runs, their numbers have a source, their tables name what exists."
-import os, re, subprocess, sys
+import math, os, re, subprocess, sys
 from pathlib import Path
 import pandas as pd, pytest
 from gradreg.runs import REGULARIZERS
@@ -7,7 +7,7 @@ from gradreg.runs import REGULARIZERS
 root = Path(__file__).resolve().parents[1]
 docs = root/'docs'
 sys.path.insert(0, str(docs))
-import tables
+import answers, tables
 
 pages = sorted(p for p in docs.rglob('*.md') if '_build' not in p.parts)
 ids = lambda p: p.stem
@@ -35,14 +35,14 @@ def test_script_of_a_page_runs_in_two_processes(code, tmp_path):
 
 def test_there_is_a_script(): assert scripts
 
-headings = ['Use as a function', 'Use in training', 'Formula', 'Suggested strengths', 'Cost', 'Watch out', 'Source']
+headings = ['Use as a function', 'Use in training', 'Formula', 'Does it help?', 'Suggested strengths', 'Cost', 'Watch out', 'Source']
 
 def test_each_regularizer_has_a_card():
     assert {p.stem for p in docs.glob('regularizers/*.md')} == set(REGULARIZERS)
     for name,cb in REGULARIZERS.items():
         card = read(docs/f'regularizers/{name}.md')
         assert card.startswith(f'# {cb.__name__}\n') and re.findall('^## (.*)', card, re.M) == headings
-        assert f'{{{{ strengths_{name} }}}}' in card and f'{{{{ cost_{name} }}}}' in card
+        assert f'{{{{ strengths_{name} }}}}' in card and f'{{{{ cost_{name} }}}}' in card and f'{{{{ helps_{name} }}}}' in card
 
 def test_strengths_of_a_batch_sum_become_those_of_the_mean():
     mnist = tables.authors('ConfidencePenalty').iloc[0]
@@ -86,3 +86,24 @@ def test_changelog_and_citation_know_the_version():
     assert f'\n## {__version__}' in read(root/'CHANGELOG.md') and 'arXiv:1712.09936' in read(root/'CITATION.cff')
 
 def test_no_caption_without_data(tmp_path): assert tables.slider(tmp_path) == ''
+
+# ---------------------------------------------------------------- what the claims say
+
+def said(tmp_path, *rows):
+    pd.DataFrame(rows, columns=['claim', 'n', 'effect', 'ci95', 'verdict']).to_csv(tmp_path/'claims_digits.csv', index=False)
+    return tmp_path
+
+def test_a_card_shows_the_claims_of_its_regularizer(tmp_path):
+    results = said(tmp_path, ('digits: SpectReg raises accuracy (abstract)', 6, 3.1333, 1.2286, 'confirmed'), ('digits: DoubleBack beats SpectReg', 6, -1., .5, 'contradicted'),
+                   ('SIN: SpectReg lowers the log of the test error (Table 8)', 10, -.6931, .1, 'confirmed'))
+    mine,other = answers.helps('spect_reg', results).splitlines()[2:],answers.helps('double_back', results).splitlines()[2:]
+    assert mine == ['| confirmed | digits: SpectReg raises accuracy (abstract) | +3.13 ± 1.23 points | 6 | [digits](../studies/30_digits.ipynb) |',
+                    '| confirmed | SIN: SpectReg lowers the log of the test error (Table 8) | × 0.50 (0.45 to 0.55) | 10 | [digits](../studies/30_digits.ipynb) |']
+    assert len(other) == 1 and 'contradicted' in other[0]
+
+def test_an_effect_of_one_run_has_no_interval():
+    one = pd.DataFrame(dict(claim=['a: b, log of c', 'a: b'], effect=[0., 1.], ci95=math.nan)).itertuples()
+    assert [answers.effect(o) for o in one] == ['× 1.00', '+1.00 points']
+    assert answers.effect(pd.Series(dict(claim='a', effect=math.nan, ci95=math.nan))) == ''
+
+def test_what_no_run_has_asked_says_so(tmp_path): assert answers.helps('frob_reg', tmp_path) == '*No run has asked this yet.*'

@@ -74,6 +74,9 @@ def test_reference_has_every_exported_name(site, pages):
         own = [o for o in mod.__all__ if getattr(getattr(mod, o), '__module__', mod.__name__) == mod.__name__]  # the others stand where they are defined
         assert own and {f'gradreg.{m}.{o}' for o in own} <= pages[site/f'api/{m}.html'].ids, m
 
+def test_no_page_holds_a_memory_address(pages):
+    assert not [p.name for p in pages if re.search(r'\b0x[0-9a-f]{8,}', p.read_text(encoding='utf-8'))]
+
 def test_hidden_cells_are_gone(site):
     text = (site/'01_penalties.html').read_text(encoding='utf-8')
     assert 'show_doc' not in text and '#|' not in text and 'Four input-gradient penalties' in text
