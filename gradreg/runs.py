@@ -124,11 +124,15 @@ def halvings(
 REGULARIZERS = {'double_back': callbacks.DoubleBack, 'jac_reg': callbacks.JacReg, 'frob_reg': callbacks.FrobReg,
                 'spect_reg': callbacks.SpectReg, 'confidence_penalty': callbacks.ConfidencePenalty}
 
-def _callbacks(r):
+def _world(device): # torch's global generator there: the study's penalties draw from it, as all stored rows did
+    return torch.default_generator if device.type == 'cpu' else \
+        torch.get_device_module(device).default_generators[device.index or 0]
+
+def _callbacks(r, device):
     if r.probe not in ('gaussian', 'sphere', 'rademacher'): raise ValueError(f"probe={r.probe!r}: choose gaussian, sphere or rademacher")
     probe = getattr(penalties, r.probe)
-    own = lambda name: {'probe': penalties.shared(probe) if r.shared_probe else probe} if name == 'spect_reg' else {}
-    return [cb(getattr(r, name), every=r.every, **own(name)) for name, cb in REGULARIZERS.items() if getattr(r, name)]
+    own = dict(spect_reg=dict(probe=penalties.shared(probe) if r.shared_probe else probe, generator=_world(device)))
+    return [cb(getattr(r, name), every=r.every, **own.get(name, {})) for name, cb in REGULARIZERS.items() if getattr(r, name)]
 
 _read = lru_cache(maxsize=1)(lambda name, *version: load_arrays(name))  # a sweep reads its data set once
 def _arrays(name): return _read(name, file := find_arrays(name), file and file.stat().st_mtime_ns)
@@ -210,7 +214,7 @@ def _learner(r, device):
     loss_func = HalfSumLoss() if r.data == 'sin' else nn.CrossEntropyLoss()
     watch = [Trace(halvings(r.iters, r.trace), partial(_measures, dls=dls, seed=r.seed))] if r.trace else []
     return _Learner(dls, model, loss_func=loss_func, opt_func=_opt_func(r), default_cbs=False,
-                    cbs=[TrainEvalCallback(), Iterations(r.iters, r.lr), *_callbacks(r), *watch])
+                    cbs=[TrainEvalCallback(), Iterations(r.iters, r.lr), *_callbacks(r, dls.device), *watch])
 
 @contextmanager
 def _one_thread(): # best throughput for small networks, and the same sums in the same order everywhere
