@@ -1,7 +1,7 @@
 "What the runs say of each regularizer, from the files of claims: tables for the cards and for the page that compares them."
-import math, re
+import re
 from pathlib import Path
-import pandas as pd
+from gradreg.claims import all_claims, told
 
 root = Path(__file__).resolve().parents[1]
 subjects = {'double_back': 'DoubleBack', 'jac_reg': 'JacReg', 'frob_reg': 'FrobReg', 'spect_reg': 'SpectReg', 'confidence_penalty': 'the confidence penalty'}
@@ -14,24 +14,10 @@ def study(name):
     found = next((root/'nbs/studies').glob(f'[0-9][0-9]_{name}.ipynb'), None)
     return f'[{name.replace("_", " ")}](../studies/{found.name})' if found else name
 
-def claims(results):
-    "All claims, in the order of their studies."
-    order = [p.stem.split('_', 1)[1] for p in sorted((root/'nbs/studies').glob('[0-9][0-9]_*.ipynb'))]
-    files = sorted(results.glob('claims_*.csv'), key=lambda p: order.index(o) if (o := p.stem.removeprefix('claims_')) in order else 99)
-    parts = [pd.read_csv(p).assign(study=p.stem.removeprefix('claims_')) for p in files]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=['claim', 'n', 'effect', 'ci95', 'verdict', 'study'])
-
-def effect(o):
-    "An effect with its interval: points of accuracy, or a ratio where the claim is about logarithms."
-    if math.isnan(o.effect): return ''
-    if not re.search(r'\blog\b', o.claim): return f'{o.effect:+.2f}' + (f' ± {o.ci95:.2f} points' if o.ci95 == o.ci95 else ' points')
-    ends = f' ({math.exp(o.effect - o.ci95):.2f} to {math.exp(o.effect + o.ci95):.2f})' if o.ci95 == o.ci95 else ''
-    return f'× {math.exp(o.effect):.2f}{ends}'
-
 def table(found, up='../'):
     "Claims as Markdown, the verdict first."
     if found.empty: return '*No run has asked this yet.*'
-    lines = [f'| {o.verdict} | {o.claim.replace("|", "/")} | {effect(o)} | {o.n:g} | {study(o.study).replace("../", up)} |' for o in found.itertuples()]
+    lines = [f'| {o.verdict} | {o.claim.replace("|", "/")} | {told(o)} | {o.n:g} | {study(o.study).replace("../", up)} |' for o in found.itertuples()]
     return '\n'.join(['| verdict | claim | effect, 95 % interval | n | study |', '|---|---|---|--:|---|', *lines])
 
 def about(found, column):
@@ -40,10 +26,10 @@ def about(found, column):
 
 def helps(column, results):
     "Does it raise accuracy, or lower the error, and whom does it beat?"
-    found = about(claims(results), column)
+    found = about(all_claims(results), column)
     return table(found[found.claim.str.contains(r'raises accuracy|beats|is worse than|lowers the log of the test error|is within [\d.]+ of SpectReg')])
 
-def among(pattern): return lambda results: table((found := claims(results))[found.claim.str.contains(pattern)], '')
+def among(pattern): return lambda results: table((found := all_claims(results))[found.claim.str.contains(pattern)], '')
 
 questions = {'help': r'raises accuracy|lowers the log of the test error', 'rivals': r'\bbeats\b|is worse than|is within [\d.]+ of SpectReg|lower log of the error',
              'tolerance': r'(?:tenth|times|twice)\b.*strength|a log of the error'}

@@ -1,5 +1,5 @@
 "What the site's pages say is true: their code runs, their numbers have a source, their tables name what exists."
-import math, os, re, subprocess, sys
+import os, re, subprocess, sys
 from pathlib import Path
 import pandas as pd, pytest
 from gradreg.runs import REGULARIZERS
@@ -100,10 +100,5 @@ def test_a_card_shows_the_claims_of_its_regularizer(tmp_path):
     assert mine == ['| confirmed | digits: SpectReg raises accuracy (abstract) | +3.13 ± 1.23 points | 6 | [digits](../studies/30_digits.ipynb) |',
                     '| confirmed | SIN: SpectReg lowers the log of the test error (Table 8) | × 0.50 (0.45 to 0.55) | 10 | [digits](../studies/30_digits.ipynb) |']
     assert len(other) == 1 and 'contradicted' in other[0]
-
-def test_an_effect_of_one_run_has_no_interval():
-    one = pd.DataFrame(dict(claim=['a: b, log of c', 'a: b'], effect=[0., 1.], ci95=math.nan)).itertuples()
-    assert [answers.effect(o) for o in one] == ['× 1.00', '+1.00 points']
-    assert answers.effect(pd.Series(dict(claim='a', effect=math.nan, ci95=math.nan))) == ''
 
 def test_what_no_run_has_asked_says_so(tmp_path): assert answers.helps('frob_reg', tmp_path) == '*No run has asked this yet.*'
