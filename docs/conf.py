@@ -12,6 +12,7 @@ exclude_patterns = ['**/README.md']
 html_math_renderer = 'katex'
 
 nb_execution_mode = 'off'
+nb_render_markdown_format = 'myst'
 nb_merge_streams = True
 nb_ipywidgets_js = {}
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'attrs_block', 'attrs_inline', 'fieldlist', 'deflist']

@@ -27,6 +27,7 @@ def outputs(cell, alt, images):
             name = f'readme-{len(images) + 1}.png'
             images[name] = base64.b64decode(png)
             yield f'![{alt}](docs/images/{name})'
+        elif text := ''.join(data.get('text/markdown', '')): yield relink(text)
         elif text := ''.join(o.get('text') or data.get('text/plain', '')).strip('\n'): yield f'```\n{text}\n```'
 
 def render(nb):
