@@ -8,6 +8,7 @@ __all__ = ['Record', 'Recorded', 'GradReg', 'SpectReg', 'FrobReg', 'JacReg', 'Do
 # %% ../nbs/10_callbacks.ipynb #a1ecc316
 import inspect, math, zlib
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from numbers import Integral, Real
 import torch
 from fastai.callback.core import Callback
@@ -17,7 +18,7 @@ from fastai.learner import ValueMetric
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor
-from .penalties import _frob_reg_of_probs, confidence_penalty, double_back, frob_reg, gaussian, spect_reg
+from .penalties import confidence_penalty, contrasts, double_back, frob_reg, gaussian, spect_reg
 
 # %% ../nbs/10_callbacks.ipynb #c0de0001
 class Record:
@@ -242,7 +243,9 @@ def _logits(pred):
 class JacReg(GradReg):
     "Penalise `jac_reg`, the exact squared Frobenius norm of the probabilities' Jacobian (paper, section 2.1)."
     passes = staticmethod(lambda n_out: n_out - 1)
-    def penalty(self): return self.scaled(_frob_reg_of_probs, _logits(self.pred).softmax(1))
+    def penalty(self):
+        p = _logits(self.pred).softmax(1)
+        return self.scaled(frob_reg, p, partial(contrasts, p))
 
 # %% ../nbs/10_callbacks.ipynb #0ddbc199
 class DoubleBack(GradReg):

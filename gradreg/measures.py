@@ -13,7 +13,7 @@ from functools import partial
 from itertools import chain
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .jacobians import jacobian, sq_norm, vjp
+from .jacobians import gram_product, jacobian, lanczos, sq_norm, top_eigenpair, vjp
 
 # %% ../nbs/11_measures.ipynb #e6d61455
 @contextmanager
@@ -71,67 +71,24 @@ def jac_norms(
     return _chunkwise(_frobenius, model, x, bs=bs)
 
 # %% ../nbs/11_measures.ipynb #b093cc0a
-def _top_eigenpair(G):
-    "Largest eigenvalue and its vector of each positive semidefinite matrix, (N,K,K) -> (N,), (N,K); NaN where an entry is not finite."
-    bad = ~G.isfinite().all(-1).all(-1)  # a diverged network is worth a NaN, not an exception
-    values, vectors = torch.linalg.eigh(G.masked_fill(bad[:, None, None], 0))
-    return values[:, -1].clamp(min=0).masked_fill(bad, torch.nan), vectors[:, :, -1]
-
 def _spectral_exact(z, x):
     J = jacobian(z, x).flatten(1).unflatten(1, (z.shape[1], -1))
-    return _top_eigenpair(J @ J.mT)[0].sqrt()
-
-# %% ../nbs/11_measures.ipynb #5c1042b5
-def _gram_product(z, x):
-    "The map u -> J J^T u, (N,C) -> (N,C), without J."
-    u0 = torch.zeros_like(z, requires_grad=True)
-    h = vjp(z, x, u0)  # J^T u0 as a function of u0: linear, so the point u0 does not matter
-    return lambda u: vjp(h, u0, vjp(z, x, u))
-
-# %% ../nbs/11_measures.ipynb #cfb3f056
-def _unit(u):
-    "Rows of length one, (N,C); zero rows stay zero."
-    u = u/u.abs().amax(1, keepdim=True).clamp(min=torch.finfo(u.dtype).tiny)  # squares of tiny numbers would vanish
-    return F.normalize(u, dim=1)
-
-def _new_direction(u, Q):
-    "Unit vectors along what of `u` (N,C) is orthogonal to the rows of `Q` (N,K,C); zero where only rounding is left."
-    u = _unit(u)
-    for _ in range(2): u = u - torch.einsum('nj,nkj,nkc->nc', u, Q, Q)
-    return _unit(u)*(u.norm(dim=1, keepdim=True) > 1e3*torch.finfo(u.dtype).eps)
-
-def _lanczos(
-    mul,     # u -> A u for a symmetric positive semidefinite A per example, (N,C) -> (N,C)
-    u,       # where to start, (N,C)
-    tol,     # largest residual accepted, relative to the eigenvalue
-    max_iter # products at most
-): # root of the largest eigenvalue (N,), and whether its residual is still larger (N,)
-    n, c = u.shape
-    Q = AQ = u.new_zeros(n, 0, c)
-    for k in range(1, min(max_iter, c) + 1):
-        u = _new_direction(u, Q)
-        Q, AQ = torch.cat([Q, u[:, None]], 1), torch.cat([AQ, mul(u)[:, None]], 1)
-        top, s = _top_eigenpair(Q @ AQ.mT)
-        residual = torch.einsum('nk,nkc->nc', s, AQ - top[:, None, None]*Q).norm(dim=1)
-        rough = (residual > tol*top) & (k < c)  # a NaN is not: more products will not mend it
-        if not rough.any(): break
-        u = AQ[:, -1]
-    return top.sqrt(), rough
+    return top_eigenpair(J @ J.mT)[0].sqrt()
 
 # %% ../nbs/11_measures.ipynb #c3f856e0
 _MAX_EXACT = 32  # classes; measured below
 
 def _spectral(net, x, tol, max_iter):
     z = _logits(net, x)
-    mul = None if z.shape[1] <= _MAX_EXACT else _gram_product(z, x)
+    mul = None if z.shape[1] <= _MAX_EXACT else gram_product(z, x)
     with torch.no_grad():
         if mul is None: return _spectral_exact(z, x)
         u = torch.randn(z.shape[1], generator=torch.Generator(z.device).manual_seed(0), dtype=z.dtype, device=z.device)
-        top, rough = _lanczos(mul, u.expand_as(z), tol, max_iter)
+        top, _, rough = lanczos(mul, u.expand_as(z), tol, max_iter)
     if rough.any():
         warnings.warn(f"after max_iter={max_iter} products the spectral norms of {int(rough.sum())} of {len(z)} examples are lower bounds only, "
                       f"not yet within tol={tol}: raise max_iter or tol")
-    return top
+    return top.sqrt()
 
 def spectral_norms(
     model:nn.Module, # network that returns logits (N,C), or a fastai Learner with one

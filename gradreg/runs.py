@@ -131,7 +131,7 @@ def _world(device): # torch's global generator there: the study's penalties draw
 def _callbacks(r, device):
     if r.probe not in ('gaussian', 'sphere', 'rademacher'): raise ValueError(f"probe={r.probe!r}: choose gaussian, sphere or rademacher")
     probe = getattr(penalties, r.probe)
-    own = dict(spect_reg=dict(probe=penalties.shared(probe) if r.shared_probe else probe, generator=_world(device)))
+    own = dict(spect_reg=dict(probe=penalties.one_direction(probe) if r.shared_probe else probe, generator=_world(device)))
     return [cb(getattr(r, name), every=r.every, **own.get(name, {})) for name, cb in REGULARIZERS.items() if getattr(r, name)]
 
 _read = lru_cache(maxsize=1)(lambda name, *version: load_arrays(name))  # a sweep reads its data set once

@@ -394,12 +394,14 @@ def test_pitfall_05_strength_does_not_depend_on_the_batch_size(name):
 # 6, 7: batch statistics, masks, one forward pass
 
 def test_pitfall_06_batchnorm_in_train_mode_has_the_cross_terms():
-    cb = FrobReg(1.)
+    probe = lambda z: z.detach().sin()
+    cb = SpectReg(1., probe=probe)
     learn, spy, before = first_step(cb, net=bnorm)
     x, _ = learn.dls.train.one_batch()
-    full = torch.autograd.functional.jacobian(before.train(), x)  # (N,C,N,*D)
-    assert_close(cb.penalties[0], (full.sum(0).flatten(2).square().sum((0, 2))).mean().item(), rtol=1e-9, atol=0)
-    own = torch.stack([full[i, :, i] for i in range(8)]).square().sum()/8
+    full = torch.autograd.functional.jacobian(before.train(), x).flatten(3)  # (N,C,N,D)
+    v = probe(before(x))
+    assert_close(cb.penalties[0], torch.einsum('mcnd,mc->nd', full, v).square().sum().item()/8, rtol=1e-9, atol=0)
+    own = torch.stack([v[i] @ full[i, :, i] for i in range(8)]).square().sum()/8
     assert abs(cb.penalties[0]/own.item() - 1) > .01
 
 @each

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from gradreg import jacobians
 from gradreg.jacobians import jacobian, softmax_jacobian, sq_norm, vjp, xent_jacobian
-from gradreg.penalties import (confidence_penalty, double_back, frob_reg, gaussian, jac_reg, rademacher, spect_reg,
+from gradreg.penalties import (confidence_penalty, contrasts, double_back, frob_reg, gaussian, jac_reg, rademacher, spect_reg,
                                sphere)
 
 F64 = torch.float64
@@ -259,12 +259,65 @@ def test_batchnorm_in_train_mode():
     full = torch.autograd.functional.jacobian(twin, x.detach())  # (N,C,N,D)
     logits = bn(x)
     assert_close(spect_reg(logits, x, v), torch.einsum('mcnd,mc->nd', full, v).square().sum(1))
-    assert_close(frob_reg(logits, x), full.sum(0).square().sum((0, 2)))
-    own = torch.stack([full[i, :, i] for i in range(6)])
-    assert not torch.allclose(frob_reg(logits, x), own.square().sum((1, 2)), rtol=.01)
+    assert_close(vjp(logits, x, torch.ones_like(v)), full.sum((0, 1)))
     assert bn[1].num_batches_tracked == 1
     bn.eval()
     check(frob_reg(bn(x), x), witness(bn, 'frob_reg', x, v, v)[0], 1e-9)
+
+
+# exact penalties where examples are not independent
+
+def batch_net():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double().train()
+    return net, torch.randn(6, 5, dtype=F64, requires_grad=True)
+
+def whole_batch(f, x): return torch.autograd.functional.jacobian(f, x.detach())  # (N,C,N,D): each output by each input
+
+@pytest.mark.parametrize('name,head', [('frob_reg', lambda z: z), ('jac_reg', lambda z: z.softmax(1))])
+def test_mean_and_variance_of_the_signs(name, head):
+    "Expectation: the outputs' squared derivatives, all of the batch; variance: of rows of the same number in pairs of examples"
+    net, x = batch_net()
+    f, rows = {'frob_reg': (frob_reg, torch.eye(3, dtype=F64)), 'jac_reg': (jac_reg, contrasts(x[:, :3].detach()))}[name]
+    full = torch.einsum('kc,mcnd->nmkd', rows, whole_batch(lambda x: head(net(x)), x))
+    gram = torch.einsum('nmkd,nlkd->nkml', full, full)
+    mean = full.square().sum((1, 2, 3))
+    var = 2*(gram.square().sum((1, 2, 3)) - gram.diagonal(dim1=2, dim2=3).square().sum((1, 2)))
+    logits, draws, g = net(x), 3000, torch.Generator().manual_seed(1)
+    with torch.no_grad(): got = torch.stack([f(logits, x, generator=g) for _ in range(draws)])
+    assert ((got.mean(0) - mean).abs() < 4*(var/draws).sqrt()).all()
+    se = ((got - mean)**4).mean(0).sqrt()/draws**.5
+    assert ((got.var(0) - var).abs() < 4*se).all() and (var > 4*se).all()
+    shared = full.sum(1).square().sum((1, 2))  # what rows that all examples share would give
+    assert ((shared - mean).abs() > 4*(var/draws).sqrt()).all()
+
+def test_one_draw_of_signs_by_hand():
+    net, x = batch_net()
+    signs = torch.randint(2, (3, 6), generator=torch.Generator().manual_seed(5))*2. - 1
+    want = torch.einsum('km,mknd->nkd', signs.double(), whole_batch(net, x)).square().sum((1, 2))
+    assert_close(frob_reg(net(x), x, generator=torch.Generator().manual_seed(5)), want)
+
+@pytest.mark.parametrize('f', [frob_reg, jac_reg])
+def test_signs_have_an_owner(f):
+    "The global generator stays untouched; a given one repeats; without one each call has other signs"
+    net, x = batch_net()
+    logits, state = net(x), torch.get_rng_state()
+    a, b = f(logits, x), f(logits, x)
+    assert not torch.equal(a, b)
+    a, b = (f(logits, x, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert torch.equal(torch.get_rng_state(), state)
+
+@each_net
+@pytest.mark.parametrize('c', [1, 3, 40])
+def test_signs_change_no_bit_where_examples_are_independent(kind, c):
+    net, x, *_ = make(kind, c)
+    y = net(x)
+    for dtype_net in (net, net.float()):
+        x = x.detach().to(next(net.parameters()).dtype).requires_grad_()
+        y = dtype_net(x)
+        plain = sum(sq_norm(J) for J in jacobians.jacobian_rows(y, x))
+        for _ in range(3): assert torch.equal(frob_reg(y, x), plain)
 
 
 # grad mode and graphs
@@ -375,8 +428,8 @@ def test_reduced_losses(reduce, shape):
 @pytest.mark.parametrize('f', [jacobian, frob_reg, jac_reg])
 def test_outputs_that_are_no_matrix(f):
     net, x, *_ = make('mlp')
-    for y, shape in (net(x)[:, 0], r'\(4,\)'), (net(x)[..., None], r'\(4, 3, 1\)'):
-        with pytest.raises(ValueError, match=rf'y has shape {shape}, but its Jacobian needs \(N,C\)'): f(y, x)
+    with pytest.raises(ValueError, match=r'y has shape \(4, 3, 2\), .*one backward pass, y.flatten\(1\) takes 6'):
+        f(net(x)[..., None].expand(-1, -1, 2), x)
 
 class Checkpointed(nn.Sequential):
     def forward(self, x): return checkpoint(super().forward, x, use_reentrant=False)
