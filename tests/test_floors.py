@@ -29,7 +29,7 @@ def faults(importer, names):
         if top == 'gradreg' and importer == 'plots' and room != 'tables': yield f'plots imports {name}: it knows tables, not runs'
         if top == 'fastai' and importer not in may_import_fastai: yield f'{importer} imports {name}: only {sorted(may_import_fastai)} may'
         if top in ('torch', 'fastai', 'fastcore') and importer in ('rows', 'tables', 'claims'): yield f'{importer} imports {name}: it knows rows, not networks'
-        if top in ('fastai', 'fastcore') and importer in ('jacobians', 'penalties', 'relatives', 'models'): yield f'{importer} imports {name}: torch is enough'
+        if top in ('fastai', 'fastcore') and importer in ('jacobians', 'penalties', 'relatives', 'double_backward', 'models'): yield f'{importer} imports {name}: torch is enough'
 
 def test_every_module_has_a_chapter(): assert {p.stem for p in modules} == set(chapters)
 def test_no_cupboard(): assert not {p.stem for p in modules} & {'core', 'utils', 'common', 'all'}
