@@ -15,10 +15,11 @@ from .notebooks import read_study, save_page, save_study, studies, study_name, t
 # %% ../nbs/23_cli.ipynb #63df6cfd
 def list_studies():
     "List the studies: name and question."
-    wrong = []
+    lines,wrong = [],[]
     for name,path in studies().items():
-        try: print(f'{name:20} {harmless(question(read_cells(path)))}')
+        try: lines.append(f'{name:20} {harmless(question(read_cells(path)))}')
         except (ValueError, OSError) as e: wrong.append(str(e))
+    print(*lines, sep='\n')
     if wrong: raise ValueError('\n'.join(wrong))
 
 def show(

@@ -1,4 +1,4 @@
-"What a reader of chapter 23_cli need not see: each command on a small repository of its own, errors, exit codes, the page, Ctrl-C"
+"What a reader of chapter 23_cli need not see: each command on a small repository, errors, exit codes, the page, Ctrl-C"
 import json, math, os, re, signal, subprocess, sys, time
 from dataclasses import asdict, fields, replace
 from html.parser import HTMLParser
@@ -22,7 +22,8 @@ STUDY = ["""#| hide
 import sys, matplotlib.pyplot as plt
 from gradreg.study import Run, grid, results, run_all""",
 """print('a progress', 'bar', file=sys.stderr)
-rows = run_all(grid(Run(data='sin', model='mlp', n_train=50, n_valid=50, bs=25, iters=2), seed=range(3)), results('tiny'), jobs=1)
+base = Run(data='sin', model='mlp', n_train=50, n_valid=50, bs=25, iters=2)
+rows = run_all(grid(base, seed=range(3)), results('tiny'), jobs=1)
 rows[['data', 'seed', 'test']]""",
 """plt.figure(figsize=(2, 1))
 plt.plot(rows.seed, rows.test);""",
@@ -59,7 +60,9 @@ def one_line(err):
 def test_list(repo, capsys, monkeypatch):
     assert cli.main(['list']) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [o.split(maxsplit=1) for o in lines] == [['old', 'Is it stored?'], ['tiny', 'Do three runs & a picture work?'], ['broken', 'Does it fail?']]
+    said = dict(o.split(maxsplit=1) for o in lines)
+    assert said == {'old': 'Is it stored?', 'tiny': 'Do three runs & a picture work?', 'broken': 'Does it fail?'}
+    assert list(said) == ['old', 'tiny', 'broken']
     monkeypatch.chdir(repo/'nbs'/'studies')  # from below too
     assert cli.main(['list']) == 0 and capsys.readouterr().out.splitlines() == lines
 
@@ -81,8 +84,10 @@ def test_show_wraps_sentences_and_takes_text_as_lines(repo, capsys):
     notebook(repo/'nbs/studies/41_long.ipynb', 'Long?', 'pass')
     nb = json.loads((repo/'nbs/studies/41_long.ipynb').read_text())
     table = ['a'.rjust(120) + '\n', '1'.rjust(120)]
-    nb['cells'][-1]['outputs'] = [dict(output_type='stream', name='stdout', text=['word '*50 + '\n', '\n', 'end\n']),
-                                  dict(output_type='execute_result', data={'text/plain': table}), dict(output_type='display_data', data={'text/markdown': '**so**', 'text/plain': '<object>'})]
+    nb['cells'][-1]['outputs'] = [
+        dict(output_type='stream', name='stdout', text=['word '*50 + '\n', '\n', 'end\n']),
+        dict(output_type='execute_result', data={'text/plain': table}),
+        dict(output_type='display_data', data={'text/markdown': '**so**', 'text/plain': '<object>'})]
     (repo/'nbs/studies/41_long.ipynb').write_text(json.dumps(nb))
     assert cli.main(['show', 'long']) == 0
     out = capsys.readouterr().out
@@ -90,7 +95,7 @@ def test_show_wraps_sentences_and_takes_text_as_lines(repo, capsys):
     assert max(map(len, out.splitlines())) <= 160
 
 
-@pytest.mark.parametrize('name', sorted(re.sub(r'^\d+_', '', p.stem) for p in (ROOT/'nbs/studies').glob('[0-9]*.ipynb')))
+@pytest.mark.parametrize('name', sorted(map(notebooks.study_name, (ROOT/'nbs/studies').glob('[0-9]*.ipynb'))))
 def test_the_books_own_tables_fit(name, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert cli.main(['show', name]) == 0
@@ -130,8 +135,12 @@ def test_without_jupyter(repo, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize('args,said', [
-    (['--jobs', '-1'], '--jobs -1: must be at least 0'), (['--seeds', '-1'], '--seeds -1: must be at least 1'), (['--backend', 'dask'], '--backend dask: choose loky'),
-    (['--device', 'abacus'], '--device abacus: '), (['--data', 'no/where'], 'no/where: is not a folder'), (['--out', 'nbs/studies'], 'no notebook is ever overwritten')])
+    (['--jobs', '-1'], '--jobs -1: must be at least 0'), (['--seeds', '-1'], '--seeds -1: must be at least 1'),
+    (['--backend', 'dask'], '--backend dask: choose loky'), (['--device', 'abacus'], '--device abacus: '),
+    (['--data', 'no/where'], 'no/where: is not a folder'),
+    (['--out', 'nbs/studies'], 'no notebook is ever overwritten'),
+    (['--out', '~nobody123/here'], '~nobody123/here'), (['--data', '~nobody123/here'], '~nobody123/here'),
+    (['--results', '~nobody123/here'], '~nobody123/here')])
 def test_wrong_options(repo, capsys, monkeypatch, args, said):
     monkeypatch.setattr(cli, 'execute', lambda *_: pytest.fail('a kernel was started'))
     before = {p: p.read_bytes() for p in repo.rglob('*.ipynb')}
@@ -152,12 +161,15 @@ def test_options_reach_the_kernel(repo, capsys, monkeypatch):
     (repo/'my data').mkdir()
     outer = dict(os.environ)
     assert kernels_variables(capsys) == []
-    got = kernels_variables(capsys, '--seeds', '3', '--jobs', '2', '--backend', 'ray', '--device', 'cuda:7', '--data', 'my data', '--results', 'mine')
-    assert got == ['GRADREG_BACKEND=ray', f"GRADREG_DATA={repo/'my data'}", 'GRADREG_DEVICE=cuda:7', 'GRADREG_JOBS=2', f"GRADREG_RESULTS={repo/'mine'}", 'GRADREG_SEEDS=3']
+    got = kernels_variables(capsys, '--seeds', '3', '--jobs', '2', '--backend', 'ray', '--device', 'cuda:7',
+                            '--data', 'my data', '--results', 'mine')
+    assert got == ['GRADREG_BACKEND=ray', f"GRADREG_DATA={repo/'my data'}", 'GRADREG_DEVICE=cuda:7', 'GRADREG_JOBS=2',
+                   f"GRADREG_RESULTS={repo/'mine'}", 'GRADREG_SEEDS=3']
     assert dict(os.environ) == outer  # what one call is told, the next does not know
     monkeypatch.setenv('GRADREG_JOBS', '5')
     monkeypatch.setenv('GRADREG_DATA', 'my data')  # a relative path means the same to the kernel, which runs elsewhere
-    assert kernels_variables(capsys, '--seeds', '4') == [f"GRADREG_DATA={repo/'my data'}", 'GRADREG_JOBS=5', 'GRADREG_SEEDS=4']
+    got = kernels_variables(capsys, '--seeds', '4')
+    assert got == [f"GRADREG_DATA={repo/'my data'}", 'GRADREG_JOBS=5', 'GRADREG_SEEDS=4']
     assert kernels_variables(capsys, '--jobs', '1')[1] == 'GRADREG_JOBS=1'
 
 
@@ -172,11 +184,15 @@ def test_usage(capsys, args, code):
 @pytest.mark.parametrize('name', list(cli.COMMANDS))
 def test_help_of_each_command(capsys, name):
     with pytest.raises(SystemExit) as e: cli.main([name, '--help'])
-    out = capsys.readouterr().out
-    assert e.value.code == 0 and f'gradreg {name}' in out and ' '.join(cli.COMMANDS[name].__doc__.split()) in ' '.join(out.split())
+    out = ' '.join(capsys.readouterr().out.split())
+    assert e.value.code == 0 and f'gradreg {name}' in out and ' '.join(cli.COMMANDS[name].__doc__.split()) in out
 
 
-@pytest.mark.parametrize('args', [['run'], ['show'], ['run', 'a', 'b', 'c'], ['run', 'old', '--lamda', '3'], ['run', 'old', '--jobs', 'two'], ['data'], ['tune', '--lams', '.1,x'], ['tune', '--protocol', '3']])
+@pytest.mark.parametrize('args', [
+    ['run'], ['show'], ['run', 'a', 'b', 'c'], ['run', 'old', '--lamda', '3'], ['run', 'old', '--jobs', 'two'],
+    ['data'],
+    ['run', 'old', '--seed', '3'], ['run', 'old', '--res', 'here'], ['tune', '--meth', 'wd'],  # are not guessed
+    ['tune', '--lams', '.1,x'], ['tune', '--protocol', '3'], ['tune', '--seed', '3']])
 def test_wrong_arguments(capsys, args):
     with pytest.raises(SystemExit) as e: cli.main(args)
     assert e.value.code == 2 and 'usage: gradreg' in capsys.readouterr().err
@@ -212,11 +228,13 @@ def test_run(repo, capsys):
     pretend(folder/'tiny.csv', 2)
     assert cli.main(['run', 'tiny', '--results', 'nbs/studies/out/tiny']) == 0
     out, err = capsys.readouterr()
-    assert sorted(p.name for p in folder.iterdir() if p.suffix != '.lock') == ['51_tiny.ipynb', 'tiny-1.png', 'tiny.csv', 'tiny.html']
+    written = sorted(p.name for p in folder.iterdir() if p.suffix != '.lock')
+    assert written == ['51_tiny.ipynb', 'tiny-1.png', 'tiny.csv', 'tiny.html']
     df = load_rows(folder/'tiny.csv')
-    assert df.seed.tolist() == [0, 1, 2] and df.test[:2].tolist() == [123, 123] and 0 < df.test[2] < 2 and math.isnan(df.valid[0])
+    assert df.seed.tolist() == [0, 1, 2] and df.test[:2].tolist() == [123, 123]
+    assert 0 < df.test[2] < 2 and math.isnan(df.valid[0])
     assert 'sin     0  123.0' in out and 'All 3 runs are there & < 4.' in out and '<Figure' not in out
-    assert out.split()[-3:] == [str(folder/o) for o in ('51_tiny.ipynb', 'tiny-1.png', 'tiny.html')] and out.split()[-4] == str(folder/'tiny.csv')
+    assert out.split()[-4:] == [str(folder/o) for o in ('tiny.csv', '51_tiny.ipynb', 'tiny-1.png', 'tiny.html')]
     assert 'a progress bar' in err and '1 done' in err and 'Traceback' not in err
     assert (folder/'tiny-1.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
     page = (folder/'tiny.html').read_text(encoding='utf-8')
@@ -231,7 +249,7 @@ def test_run(repo, capsys):
 
 
 def test_repository_results_or_own(repo, capsys):
-    "Without --results the repository's rows are used and extended; with it a run starts from zero, and again trains nothing"
+    "Without --results the repository's rows are used and extended; with it a run starts from zero, then trains nothing"
     own, theirs = repo/'mine'/'tiny.csv', repo/'nbs/studies/results/tiny.csv'
     pretend(theirs, 3)
     before = theirs.read_bytes()
@@ -249,8 +267,9 @@ def test_repository_results_or_own(repo, capsys):
 
 
 def test_failed_runs_are_told(repo, capsys):
-    notebook(repo/'nbs/studies/56_bad.ipynb', 'Bad?', 'import warnings\nfrom gradreg.study import Run, results, run_all',
-             "warnings.warn('of no interest')\nrun_all([Run(data='sin', model='lenet5')], results('bad'), jobs=1).status")
+    notebook(repo/'nbs/studies/56_bad.ipynb', 'Bad?', 'import warnings',
+             'from gradreg.study import Run, results, run_all', "warnings.warn('of no interest')",
+             "run_all([Run(data='sin', model='lenet5')], results('bad'), jobs=1).status")
     assert cli.main(['run', 'bad']) == 0
     err = capsys.readouterr().err
     assert 'a run failed' in err and 'no interest' not in err
@@ -260,7 +279,8 @@ def test_failing_cell(repo, capsys):
     folder = repo/'deep'/'down'
     assert cli.main(['run', 'broken', '--out', str(folder)]) == 1
     out, err = capsys.readouterr()
-    assert err.splitlines() == ["gradreg: 52_broken.ipynb: cell 4 failed with KeyError: 'no such key'", f"As far as it came: {folder/'52_broken.ipynb'}"]
+    assert err.splitlines() == ["gradreg: 52_broken.ipynb: cell 4 failed with KeyError: 'no such key'",
+                                f"As far as it came: {folder/'52_broken.ipynb'}"]
     cells = nbformat.read(folder/'52_broken.ipynb', 4).cells
     assert cells[2].outputs[0].text == 'so far 42\n' and 'Traceback' in ''.join(cells[3].outputs[0].traceback)
     assert not out and not (folder/'broken.html').exists()
@@ -273,11 +293,80 @@ def test_dying_kernel(repo, capsys):
     assert err.startswith('gradreg: 57_dies.ipynb: its kernel died') and 'Traceback' not in err
 
 
-def test_page_escapes(repo):
-    nb = new_notebook(cells=[new_code_cell('1', outputs=[new_output('stream', name='stdout', text='<script>alert(1)</script>')])])
-    page = notebooks.html_page(nb, '<b>&')
-    assert_self_contained(page)
-    assert '<script' not in page and '&lt;b&gt;&amp;' in page and page.startswith('<!doctype html>') and page.endswith('</html>')
+# ---------------------------------------------------------------- pipes, homes, folders that are somebody's
+
+@pytest.mark.parametrize('args,both', [(['run', 'tiny'], False), (['run', 'tiny'], True), (['show', 'old'], False),
+                                       (['list'], False), (['--help'], False), (['run', '--help'], False)])
+def test_a_reader_that_goes_away(repo, args, both):
+    "As in `gradreg run tiny | head -0`, with stderr in the same pipe too: all is saved, nobody complains"
+    pretend(repo/'nbs/studies/results/tiny.csv', 2)
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONUNBUFFERED'}
+    stderr = subprocess.STDOUT if both else subprocess.PIPE
+    p = subprocess.Popen([GRADREG, *args], stdout=subprocess.PIPE, stderr=stderr, env=env)
+    p.stdout.close()
+    err = '' if both else p.stderr.read().decode()
+    assert p.wait(timeout=300) == 141
+    assert not re.search('Traceback|BrokenPipe|Exception|gradreg:', err)
+    if args[0] == 'run' and args[1] == 'tiny':
+        written = {p.name for p in (repo/'nbs/studies/out/tiny').iterdir()}
+        assert written == {'51_tiny.ipynb', 'tiny-1.png', 'tiny.html'}
+        assert len(load_rows(repo/'nbs/studies/results/tiny.csv')) == 3
+
+
+def test_homes(repo, capsys, monkeypatch):
+    "~ means the same in every option and variable"
+    home = repo/'home'
+    (home/'sets').mkdir(parents=True)
+    monkeypatch.setenv('HOME', str(home))
+    notebook(repo/'nbs/studies/55_env.ipynb', 'Which?', ENV)
+    got = kernels_variables(capsys, '--data', '~/sets', '--results', '~/rows', '--out', '~/page')
+    assert got == [f"GRADREG_DATA={home/'sets'}", f"GRADREG_RESULTS={home/'rows'}"] and (home/'page/env.html').exists()
+    monkeypatch.setenv('GRADREG_DATA', '~/sets')
+    monkeypatch.setenv('GRADREG_RESULTS', '~/rows')
+    assert kernels_variables(capsys) == got
+    options = ['--seeds', '1', '--jobs', '1', '--results', '~/t.csv']
+    assert cli.main([*WD[:-1], 'sin', '--model', 'mlp', *SMALL, *options]) == 0
+    assert len(load_rows(home/'t.csv')) == 1
+
+
+def owned(folder):
+    "A folder that holds somebody's notebook of the name that a run would write"
+    notebook(folder/'40_old.ipynb', 'My own notes', '6*7')
+    return folder
+
+
+def test_no_foreign_notebook_is_overwritten(repo, capsys, monkeypatch):
+    copy = owned(repo/'copy')
+    (repo/'link').mkdir()
+    (repo/'link/40_old.ipynb').symlink_to(repo/'nbs/studies/40_old.ipynb')
+    before = {p: p.read_bytes() for p in repo.rglob('*.ipynb')}
+    monkeypatch.setattr(cli, 'execute', lambda *_: pytest.fail('a kernel was started'))
+    for out in copy, repo/'link', repo/'nbs/studies', repo/'nbs/../nbs/studies':
+        assert cli.main(['run', 'old', '--out', str(out)]) == 2
+        assert 'no notebook is ever overwritten' in one_line(capsys.readouterr().err)
+    assert {p: p.read_bytes() for p in repo.rglob('*.ipynb')} == before
+
+
+def test_ones_own_page_is_overwritten_until_somebody_changes_it(repo, capsys):
+    written = repo/'nbs/studies/out/old/40_old.ipynb'
+    assert cli.main(['run', 'old']) == 0 == cli.main(['run', 'old'])
+    written.write_text(written.read_text().replace('One sentence.', 'And mine.'))
+    capsys.readouterr()
+    assert cli.main(['run', 'old']) == 2 and 'changed since' in one_line(capsys.readouterr().err)
+    assert 'And mine.' in written.read_text()
+
+
+def test_a_study_of_ones_own(tmp_path, capsys, monkeypatch):
+    "Outside of any repository, with a module beside it"
+    for k in [k for k in os.environ if k.startswith('GRADREG_')]: monkeypatch.delenv(k)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'mine'/'my_part.py').parent.mkdir()
+    (tmp_path/'mine'/'my_part.py').write_text('n = 42')
+    notebook(tmp_path/'mine/01_notes.ipynb', 'Mine?', 'import my_part', *STUDY[:2], 'print(my_part.n, len(rows))')
+    assert cli.main(['run', 'mine/01_notes.ipynb']) == 0
+    assert '42 3\n' in capsys.readouterr().out and (tmp_path/'mine/out/notes/notes.html').exists()
+    assert len(load_rows(tmp_path/'mine/results/tiny.csv')) == 3
+    assert cli.main(['show', 'mine/out/notes/01_notes.ipynb']) == 0 and '42 3\n' in capsys.readouterr().out
 
 
 def test_console_script(repo):
@@ -302,7 +391,8 @@ def test_light_start(repo, args):
 def npz(folder, name='mine', **arrays):
     x, y = np.arange(12*4*5*3, dtype=np.uint8).reshape(12, 4, 5, 3), np.array([0]*5 + [1]*7)
     folder.mkdir(exist_ok=True)
-    np.savez(folder/f'{name}.npz', **{**dict(x_train=x, y_train=y, x_test=x[:3], y_test=y[:3], classes=['cat', 'dog']), **arrays})
+    good = dict(x_train=x, y_train=y, x_test=x[:3], y_test=y[:3], classes=['cat', 'dog'])
+    np.savez(folder/f'{name}.npz', **{**good, **arrays})
     return x
 
 
@@ -312,13 +402,24 @@ def test_data(repo, capsys, monkeypatch):
     assert cli.main(['data', 'mine']) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"mine: {repo/'sets/mine.npz'}" and lines[3].split(maxsplit=1) == ['classes', '2: cat, dog']
-    assert '12 images of 4x5x3, 0.0 MB, 5 to 7 per class' in lines[1] and '3 images of 4x5x3, 0.0 MB, 0 to 3 per class' in lines[2]
-    for line, stat in (lines[4], x.mean((0, 1, 2))), (lines[5], x.std((0, 1, 2))): assert ' '.join(f'{o:.2f}' for o in stat) in line
+    assert '12 images of 4x5x3, 0.0 MB, 5 to 7 per class' in lines[1]
+    assert '3 images of 4x5x3, 0.0 MB, 0 to 3 per class' in lines[2]
+    for line, stat in (lines[4], x.mean((0, 1, 2))), (lines[5], x.std((0, 1, 2))):
+        assert ' '.join(f'{o:.2f}' for o in stat) in line
+
+
+def test_data_shows_no_control_characters(repo, capsys, monkeypatch):
+    npz(repo/'sets', classes=['cat\x1b[31m', 'd\u202eog'])
+    monkeypatch.setenv('GRADREG_DATA', str(repo/'sets'))
+    assert cli.main(['data', 'mine']) == 0
+    out = capsys.readouterr().out
+    assert '\x1b' not in out and '\u202e' not in out and 'cat' in out
 
 
 def test_data_where_it_is_from(repo, capsys, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(repo/'cache'))
-    assert cli.main(['data', 'digits']) == 0 and capsys.readouterr().out.startswith('digits: made just now, in no file\n')
+    assert cli.main(['data', 'digits']) == 0
+    assert capsys.readouterr().out.startswith('digits: made just now, in no file\n')
     assert cli.main(['data', 'sin']) == 0 and 'sin_dls' in capsys.readouterr().out
     def download(name):
         npz(repo/'cache', 'other')
@@ -327,10 +428,12 @@ def test_data_where_it_is_from(repo, capsys, monkeypatch):
         return arrays._read_npz(repo/'cache/gradreg/mnist.npz')
     monkeypatch.setattr(arrays, '_download', download)
     for end in ', downloaded just now', '':
-        assert cli.main(['data', 'mnist']) == 0 and capsys.readouterr().out.splitlines()[0] == f"mnist: {repo/'cache/gradreg/mnist.npz'}{end}"
+        assert cli.main(['data', 'mnist']) == 0
+        assert capsys.readouterr().out.splitlines()[0] == f"mnist: {repo/'cache/gradreg/mnist.npz'}{end}"
 
 
-@pytest.mark.parametrize('name,said', [('mnits', 'Did you mean mnist'), ('../up', 'is not a name'), ('broken', 'x_train is float64')])
+@pytest.mark.parametrize('name,said', [
+    ('mnits', 'Did you mean mnist'), ('../up', 'is not a name'), ('broken', 'x_train is float64')])
 def test_data_errors(repo, capsys, monkeypatch, name, said):
     npz(repo/'sets', 'broken', x_train=np.zeros((12, 4, 5, 3)))
     monkeypatch.setenv('GRADREG_DATA', str(repo/'sets'))
@@ -343,23 +446,28 @@ def tuned(r):
     return {**asdict(r), 'status': 'ok', 'valid': valid, 'test': 9876 - valid}
 
 
-TUNE = ['tune', '--method', 'spect_reg', '--lams', '.1,.2,.3', '--n_train', '20', '--bs', '10', '--iters', '2', '--n_valid', '50', '--data']
+SMALL = ['--n_train', '20', '--bs', '10', '--iters', '2', '--n_valid', '50']
+TUNE = ['tune', '--method', 'spect_reg', '--lams', '.1,.2,.3', *SMALL, '--data']
+WD = ['tune', '--method', 'wd', '--lams', '0', '--data', 'digits']
 
 
 @pytest.mark.parametrize('data,best', [('digits', '0.2'), ('sin', '0.1, at the edge of the list: try further ones')])
 def test_tune(repo, capsys, data, best):
     model = 'mlp' if data == 'sin' else 'lenet5'
-    runs = grid(Run(data=data, model=model, n_train=20, bs=10, iters=2, n_valid=50), spect_reg=[.1, .2, .3], seed=range(2))
-    for r in runs: append_row('own/rows.csv', tuned(r), asdict(Run()))
+    base = Run(data=data, model=model, n_train=20, bs=10, iters=2, n_valid=50)
+    for r in grid(base, spect_reg=[.1, .2, .3], seed=range(2)): append_row('own/rows.csv', tuned(r), asdict(Run()))
     assert cli.main([*TUNE, data, '--model', model, '--seeds', '2', '--results', 'own/rows.csv', '--jobs', '1']) == 0
     out, err = capsys.readouterr()
     rows = [o.split() for o in out.splitlines() if o.startswith('0.')]
-    assert [o[:3] for o in rows] == [['0.1', '2', '0.505'], ['0.2', '2', '0.705'], ['0.3', '2', '0.605']] and rows[0][3] == '0.0071'
+    assert [o[:3] for o in rows] == [['0.1', '2', '0.505'], ['0.2', '2', '0.705'], ['0.3', '2', '0.605']]
+    assert rows[0][3] == '0.0071'
     assert f'best: spect_reg = {best}\n' in out and out.endswith('own/rows.csv\n') and '98' not in out and not err
 
 
 def test_tune_trains_and_trains_once(repo, capsys):
-    args = ['tune', '--method=wd', '--lams=0,.01', '--data', 'sin', '--model', 'mlp', '--n-train', '20', '--bs', '10', '--iters', '2', '--n_valid', '50', '--seeds', '1', '--jobs', '1']
+    args = ['tune', '--method=wd', '--lams=0,.01', '--data', 'sin', '--model', 'mlp', *SMALL, '--seeds', '1']
+    args += ['--jobs', '1']
+    args[args.index('--n_train')] = '--n-train'  # either spelling will do
     assert cli.main(args) == 0
     out, err = capsys.readouterr()
     assert '2 done' in err and 'best: wd = 0' in out and load_rows('tune.csv').n_train.tolist() == [20, 20]
@@ -370,39 +478,47 @@ def test_every_field_of_run_is_an_option_of_tune(repo, capsys, monkeypatch):
     other = {str: lambda v: f'{v}x', int: lambda v: v + 1, float: lambda v: v + .5, bool: lambda v: True}
     names = [f for f in fields(Run) if f.name not in ('seed', 'protocol', 'spect_reg', 'data')]
     want = replace(Run(data='digits'), **{f.name: other[f.type](f.default) for f in names})
-    args = [a for f in names for a in ([f'--{f.name}'] if f.type is bool else [f'--{f.name}', str(getattr(want, f.name))])]
+    args = [o for f in names for o in [f'--{f.name}', str(getattr(want, f.name))][:1 if f.type is bool else 2]]
     def run_all(runs, path, **options):
-        assert [replace(r, seed=0) for r in runs] == [replace(want, spect_reg=o) for o in (.1, .2) for _ in range(2)] and [r.seed for r in runs] == [0, 1, 0, 1]
+        assert runs == [replace(want, spect_reg=o, seed=s) for o in (.1, .2) for s in range(2)]
         assert path == Path('tune.csv') and options == dict(jobs=4, backend='ray', device='cuda:7')
         raise OSError('seen')
     monkeypatch.setattr(study, 'run_all', run_all)
-    assert cli.main(['tune', '--method', 'spect_reg', '--lams', '.1,.2', '--seeds', '2', '--jobs', '4', '--backend', 'ray', '--device', 'cuda:7', '--data', 'digits', *args]) == 2
+    options = ['--seeds', '2', '--jobs', '4', '--backend', 'ray', '--device', 'cuda:7', '--data', 'digits']
+    assert cli.main(['tune', '--method', 'spect_reg', '--lams', '.1,.2', *options, *args]) == 2
     assert capsys.readouterr().err == 'gradreg: seen\n'
 
 
 @pytest.mark.parametrize('args,said', [
-    (['--lams', '.1'], '--method None: choose double_back, '), (['--method', 'probe', '--lams', '.1'], '--method probe: choose'), (['--method', 'spect_reg'], '--lams: say which'),
-    (['--method', 'wd', '--lams', 'nan'], 'wd=nan: must be a finite number'), (['--method', 'wd', '--lams', '0', '--data', 'mnits'], 'Did you mean mnist'),
-    (['--method', 'wd', '--lams', '0', '--seeds', '0'], '--seeds 0: must be at least 1'), (['--method', 'wd', '--lams', '0', '--bs', '0'], 'bs=0: must be')])
+    (['tune', '--lams', '.1'], '--method None: choose double_back, '),
+    (['tune', '--method', 'probe', '--lams', '.1'], '--method probe: choose'),
+    (['tune', '--method', 'spect_reg'], '--lams: say which'),
+    (['tune', '--method', 'wd', '--lams', 'nan'], 'wd=nan: must be a finite number'),
+    ([*WD[:-1], 'mnits'], 'Did you mean mnist'), ([*WD, '--bs', '0'], 'bs=0: must be'),
+    ([*WD, '--seeds', '0'], '--seeds 0: must be at least 1'),
+    ([*WD, '--results', '~nobody123/t.csv'], '~nobody123/t.csv')])
 def test_tune_errors(repo, capsys, args, said):
-    assert cli.main(['tune', *args]) == 2 and said in one_line(capsys.readouterr().err)
+    assert cli.main(args) == 2 and said in one_line(capsys.readouterr().err)
     assert not Path('tune.csv').exists()
 
 
 def test_tune_says_why_runs_failed(repo, capsys):
-    assert cli.main(['tune', '--method', 'wd', '--lams', '0', '--data', 'digits', '--n_train', '15', '--iters', '2', '--seeds', '1', '--jobs', '1']) == 2
+    assert cli.main([*WD, '--n_train', '15', '--iters', '2', '--seeds', '1', '--jobs', '1']) == 2
     *_, reason, end = capsys.readouterr().err.splitlines()
-    assert 'multiple of the 10 classes' in reason and end == 'gradreg: no run came to its end: the column status of tune.csv says why'
+    assert 'multiple of the 10 classes' in reason
+    assert end == 'gradreg: no run came to its end: the column status of tune.csv says why'
 
 
 def test_tune_without_training_says_that_nothing_is_there(repo, capsys):
-    assert cli.main(['tune', '--method', 'wd', '--lams', '0', '--data', 'digits', '--jobs', '0']) == 2
-    assert 'tune.csv holds none of these runs, and nothing was trained' in one_line(capsys.readouterr().err) and not Path('tune.csv').exists()
+    assert cli.main([*WD, '--jobs', '0']) == 2
+    assert 'tune.csv holds none of these runs, and nothing was trained' in one_line(capsys.readouterr().err)
+    assert not Path('tune.csv').exists()
 
 
 @pytest.mark.parametrize('when,sig', [('a cell runs', signal.SIGINT), ('the kernel starts', signal.SIGTERM)])
 def test_ctrl_c(repo, when, sig):
-    notebook(repo/'nbs/studies/53_slow.ipynb', 'Slow?', "from pathlib import Path; Path('here').write_text('')", 'import time; time.sleep(100)')
+    notebook(repo/'nbs/studies/53_slow.ipynb', 'Slow?', "from pathlib import Path; Path('here').write_text('')",
+             'import time; time.sleep(100)')
     p = subprocess.Popen([GRADREG, 'run', 'slow'], stderr=subprocess.PIPE, text=True, start_new_session=True)
     here, end, kernel = repo/'nbs/studies/here', time.monotonic() + 60, []
     while not (kernel and (here.exists() or when == 'the kernel starts')):
@@ -421,7 +537,8 @@ def test_ctrl_c(repo, when, sig):
 def test_interrupted_and_resumed(repo):
     "Ctrl-C in the middle of a grid: what had ended is kept, the same command trains the rest and shows all"
     axes = "Run(data='sin', model='mlp', n_train=50, n_valid=50, bs=25, iters=20), seed=range(4)"
-    notebook(repo/'nbs/studies/58_grid.ipynb', 'Grid?', 'import os, time\nfrom gradreg import study\nfrom gradreg.study import Run, grid, results, run_all',
+    notebook(repo/'nbs/studies/58_grid.ipynb', 'Grid?', 'import os, time\nfrom gradreg import study',
+             'from gradreg.study import Run, grid, results, run_all',
              # the third run waits until it is interrupted, the first time
              f"""train = study.run
 def slow(r, device):
@@ -431,7 +548,8 @@ study.run = slow
 rows = run_all(grid({axes}), results('grid'), jobs=1)
 print('seeds', *rows.seed)""")
     file, end = repo/'nbs/studies/results/grid.csv', time.monotonic() + 300
-    p = subprocess.Popen([GRADREG, 'run', 'grid'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    p = subprocess.Popen([GRADREG, 'run', 'grid'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         start_new_session=True)
     while not (repo/'nbs/studies/waited').exists():
         assert p.poll() is None and time.monotonic() < end
         time.sleep(.1)
@@ -439,8 +557,10 @@ print('seeds', *rows.seed)""")
     os.killpg(p.pid, signal.SIGINT)
     try: out, err = p.communicate(timeout=300)
     finally: p.kill()
-    assert p.returncode == 130 and not out and 'left, , 2 done' in err and 'goes on from here' in err and 'Traceback' not in err
+    assert p.returncode == 130 and not out and 'left, , 2 done' in err
+    assert 'goes on from here' in err and 'Traceback' not in err
     assert load_rows(file).seed.tolist() == [0, 1] and file.read_text() == kept
     done = subprocess.run([GRADREG, 'run', 'grid'], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and 'seeds 0 1 2 3' in done.stdout and 'grid: 2 runs' in done.stderr and str(file) in done.stdout
+    assert done.returncode == 0 and 'grid: 2 runs' in done.stderr
+    assert 'seeds 0 1 2 3' in done.stdout and str(file) in done.stdout
     assert load_rows(file).seed.tolist() == [0, 1, 2, 3] and file.read_text().startswith(kept)
