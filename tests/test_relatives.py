@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from gradreg.jacobians import sq_norm
 from gradreg.penalties import frob_reg, gaussian, sphere
-from gradreg.relatives import (activations, data_grad, finite_difference, jvp, layerwise, sobolev, start_vectors,
-                               steepest, tangent_prop, tangents, two_sided, weight_spectral_norms)
+from gradreg.relatives import (data_grad, finite_difference, jvp, layerwise, sobolev, spectral_norm_reg, stages,
+                               start_vectors, steepest, tangent_prop, tangents, two_sided, weight_spectral_norms)
 
 F64 = torch.float64
 
@@ -157,7 +157,6 @@ def test_no_direction_of_its_length_gains_more_than_the_steepest(rows, norm):
 @each_dtype
 def test_layerwise_is_the_sum_over_layers(kind, dtype, rtol):
     net, x = make(kind, dtype=dtype)
-    assert len(activations(net, x)) == 4
     cut = {'mlp': (0, 2, 4, 5), 'conv': (0, 3, 6, 7)}[kind]
     pen, want, z = layerwise(net, x), 0, x.detach().double()
     for i, j in zip(cut, cut[1:]):
@@ -179,8 +178,9 @@ def test_a_probe_for_each_layer_is_unbiased():
 def test_modules_without_weights_begin_no_layer():
     first = nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(.5)
     net = nn.Sequential(nn.Flatten(), *first, nn.Linear(4, 2))
-    x = torch.randn(3, 4, 1, requires_grad=True)
-    assert [tuple(z.shape) for z in activations(net, x)] == [(3, 4, 1), (3, 4), (3, 2)]
+    assert [len(stage) for stage in stages(net)] == [5, 1]
+    assert [m for stage in stages(net) for m in stage] == [*net]  # the very modules, in order
+    assert [len(stage) for stage in stages(nn.Sequential(nn.ReLU(), nn.Tanh()))] == [2]
 
 # ---------------------------------------------------------------- Sobolev
 
@@ -248,6 +248,26 @@ def test_starting_leaves_the_network_and_the_generators_alone():
 def test_vectors_of_another_network_are_refused():
     net = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(ValueError, match='call start_vectors'): weight_spectral_norms(net, {'1': torch.ones(1, 2)})
+
+# ---------------------------------------------------------------- the spectral norm of the Jacobian
+
+@pytest.mark.parametrize('c', [1, 2, 3, 12, 40])
+@each_net
+def test_spectral_norm_reg(kind, c):
+    net, x = make(kind, c)
+    pen = spectral_norm_reg(net(x), x, tol=0, max_iter=c)
+    agree(net, x, pen, lambda J: torch.linalg.eigvalsh(J@J.mT)[:, -1], 1e-6)
+    rough = spectral_norm_reg(net(x), x)
+    assert ((rough <= pen*(1 + 1e-9)) & (rough >= .99*pen)).all()
+
+def test_spectral_norm_reg_starts_where_it_is_told():
+    net, x = make('mlp', 5)
+    y, state = net(x), torch.get_rng_state()
+    u = torch.randn(4, 5, dtype=F64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(spectral_norm_reg(y, x, u), spectral_norm_reg(y, x, u)) and torch.equal(torch.get_rng_state(), state)
+    first = vmap(torch.dot)(u, u)[:, None]**-.5*u
+    by_hand = sq_norm(torch.einsum('ncd,nc->nd', witness(net, x), first))
+    assert_close(spectral_norm_reg(y, x, u, max_iter=1), by_hand)
 
 # ---------------------------------------------------------------- two-sided
 
