@@ -11,7 +11,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from gradreg import arrays, cli, notebooks, study
-from gradreg.study import Run, append_row, grid, load_rows
+from gradreg.rows import append_row, load_rows, write_rows
+from gradreg.study import Run, grid
 
 ROOT = Path(__file__).resolve().parents[1]
 GRADREG = Path(sys.executable).with_name('gradreg')
@@ -101,6 +102,38 @@ def test_the_books_own_tables_fit(name, capsys, monkeypatch):
     assert cli.main(['show', name]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 5 and max(map(len, lines)) <= 160
+
+
+def test_claims(repo, capsys, monkeypatch):
+    good = dict(claim='A (Table 2): it raises accuracy', n=10, effect=.314, ci95=.1, verdict='confirmed')
+    logs = dict(claim='B lowers the log of the error', n=3, effect=math.log(.5), ci95=0, verdict='contradicted')
+    evil = dict(claim='C\x1b[31m is not run', n=0, effect=math.nan, ci95=math.nan, verdict='not run')
+    for name, rows in dict(tiny=[good, evil], old=[logs]).items():
+        write_rows(repo/f'nbs/studies/results/claims_{name}.csv', rows)
+    assert cli.main(['claims']) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert sorted(re.split(': |, ', lines[0])) == ['1 confirmed', '1 contradicted', '1 not run', '3 claims']
+    assert lines[-6:] == ['old', 'contradicted  B lowers the log of the error: × 0.50 (0.50 to 0.50) (n = 3)', '', 'tiny',
+                          'confirmed     A (Table 2): it raises accuracy: +0.31 ± 0.10 points (n = 10)',
+                          'not run       C\\x1b[31m is not run (n = 0)']
+    assert max(map(len, lines)) <= 92
+    monkeypatch.chdir(repo/'nbs')
+    assert cli.main(['claims']) == 0 and capsys.readouterr().out == out
+    assert cli.main(['claims', '--results', 'studies/results']) == 0 and capsys.readouterr().out == out
+    assert cli.main(['claims', '--results', '.']) == 2 and 'no claims there' in one_line(capsys.readouterr().err)
+
+
+def test_the_books_own_claims(capsys, monkeypatch):
+    "As many as the files hold, each once"
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv('GRADREG_RESULTS', raising=False)
+    files = {p.stem[7:]: len(load_rows(p)) for p in (ROOT/'nbs/studies/results').glob('claims_*.csv')}
+    assert cli.main(['claims']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f'{sum(files.values())} claims: ') and max(map(len, lines)) <= 92
+    verdicts = [o for o in lines if re.match('(confirmed|contradicted|not shown|too few runs|not run)  ', o)]
+    assert len(verdicts) == sum(files.values()) and set(files) <= set(lines)
 
 
 @pytest.mark.parametrize('command', ['show', 'run'])
