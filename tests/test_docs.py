@@ -2,6 +2,8 @@
 import os, re, subprocess, sys
 from pathlib import Path
 import pandas as pd, pytest
+from fastcore.basics import camel2snake
+from gradreg import relative_callbacks
 from gradreg.runs import REGULARIZERS
 
 root = Path(__file__).resolve().parents[1]
@@ -38,11 +40,18 @@ def test_there_is_a_script(): assert scripts
 headings = ['Use as a function', 'Use in training', 'Formula', 'Does it help?', 'Suggested strengths', 'Cost', 'Watch out', 'Source']
 
 def test_each_regularizer_has_a_card():
-    assert {p.stem for p in docs.glob('regularizers/*.md')} == set(REGULARIZERS)
     for name,cb in REGULARIZERS.items():
         card = read(docs/f'regularizers/{name}.md')
         assert card.startswith(f'# {cb.__name__}\n') and re.findall('^## (.*)', card, re.M) == headings
         assert f'{{{{ strengths_{name} }}}}' in card and f'{{{{ cost_{name} }}}}' in card and f'{{{{ helps_{name} }}}}' in card
+
+def test_each_relative_has_a_card():
+    names = {camel2snake(o) for o in relative_callbacks.__all__}
+    assert {p.stem for p in docs.glob('regularizers/*.md')} == {*REGULARIZERS, *names}
+    for name in names:
+        card = read(docs/f'regularizers/{name}.md')
+        assert camel2snake(card.split('\n', 1)[0].removeprefix('# ')) == name
+        assert re.findall('^## (.*)', card, re.M) == headings and '{{' not in card
 
 def test_strengths_of_a_batch_sum_become_those_of_the_mean():
     mnist = tables.authors('ConfidencePenalty').iloc[0]
