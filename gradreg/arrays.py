@@ -84,8 +84,8 @@ def check_arrays(
     "`d` as `Arrays`, or a `ValueError` that says what is wrong with it"
     _need_keys(d, where)
     x, y = (np.asarray(d[f'{o}_train']) for o in 'xy')
-    x_test, y_test = (np.asarray(d.get(f'{o}_test', none[:0])) for o,none in (('x', x), ('y', y)))
     _check_part(x, y, 'train', where)
+    x_test, y_test = (np.asarray(d.get(f'{o}_test', none[:0])) for o,none in (('x', x), ('y', y)))
     _check_part(x_test, y_test, 'test', where)
     _need(x.shape[1:] == x_test.shape[1:], where, f'training images are {x.shape[1:]}, test images {x_test.shape[1:]}')
     classes = _class_names(d, y, where)

@@ -177,14 +177,11 @@ class ArrayDL(DataLoader):
         super().__init__(dataset, bs=bs, shuffle=shuffle, drop_last=drop_last, device=device, **given)
         self.seed, self.epoch = seed, 0
         if device is not None: self.to(device)
+    def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, **{'seed': self.seed, **kwargs})
 
 # %% ../nbs/06_data.ipynb #d6d9021a
 @patch
 def to(self:ArrayDL, device): self.dataset, self.device = self.dataset.to(device), device
-@patch
-def new(self:ArrayDL, dataset=None, cls=None, **kwargs):
-    "A loader like this one, or of another `dataset`"
-    return super(ArrayDL, self).new(dataset, cls, **{'seed': self.seed, **kwargs})
 @patch
 def randomize(self:ArrayDL): self.epoch += 1
 @patch

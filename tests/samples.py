@@ -5,7 +5,8 @@ import pytest
 from gradreg.arrays import find_arrays
 
 
-def real(name): return pytest.mark.skipif(find_arrays(name) is None, reason=f'{name} is not on this machine (GRADREG_DATA)')
+def real(name):
+    return pytest.mark.skipif(find_arrays(name) is None, reason=f'{name} is not on this machine (GRADREG_DATA)')
 
 
 def arrays(n_train=60, n_test=20, shape=(8, 8), n_classes=4, seed=0):

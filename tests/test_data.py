@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
+from fastai.torch_basics import Pipeline, TensorImage
+from fastai.vision.augment import RandTransform
+from PIL import Image
 from torch import nn
 
 from gradreg import data
 from gradreg.arrays import Arrays, load_arrays
-from gradreg.data import (ArrayDL, ArrayDS, balanced_idxs, channel_stats, image_dls, image_loaders, scale, sin_dls, sin_loaders,
-                          split_idxs)
+from gradreg.data import (ArrayDL, ArrayDS, PixelTfms, balanced_idxs, channel_stats, image_dls, image_loaders, scale,
+                          sin_dls, sin_loaders, split_idxs)
 from samples import arrays, real
 
 
@@ -74,7 +77,8 @@ def test_balanced_idxs_refuses(args, message):
 
 @pytest.mark.parametrize('n_valid', [0, 11, -1])
 def test_too_few_validation_points(n_valid):
-    with pytest.raises(ValueError, match=f'n_valid={n_valid}: 10 of the 20 points .* leaves 1 to 10'): split_idxs(np.arange(20) % 2, 5, n_valid)
+    with pytest.raises(ValueError, match=f'n_valid={n_valid}: 10 of the 20 points .* leaves 1 to 10'):
+        split_idxs(np.arange(20) % 2, 5, n_valid)
 
 
 def test_the_training_subset_does_not_depend_on_n_valid():
@@ -92,7 +96,9 @@ def test_the_training_subset_does_not_depend_on_n_valid():
 def named(**kwargs): return Arrays(**(d := arrays(**kwargs)), classes=np.unique(d['y_train']).astype(str))
 
 
-def pixels(ds): return [o.tobytes() for o in (ds.x.permute(0, 2, 3, 1)*torch.tensor(ds.sd) + torch.tensor(ds.mean)).round().numpy().astype(np.uint8)]
+def pixels(ds):
+    x = ds.x.permute(0, 2, 3, 1)*torch.tensor(ds.sd) + torch.tensor(ds.mean)
+    return [o.tobytes() for o in x.round().numpy().astype(np.uint8)]
 
 
 @pytest.mark.parametrize('shape', [(8, 8), (6, 5, 1), (8, 6, 3)])
@@ -134,7 +140,8 @@ def test_channel_stats_do_not_overflow():
 
 # loaders
 
-def loader(n=103, **kwargs): return ArrayDL(ArrayDS(torch.arange(float(n))[:,None], torch.arange(n)), **{'bs': 10, **kwargs})
+def loader(n=103, **kwargs):
+    return ArrayDL(ArrayDS(torch.arange(float(n))[:,None], torch.arange(n)), **{'bs': 10, **kwargs})
 
 
 def test_an_epoch_holds_each_point_once():
@@ -156,10 +163,11 @@ def test_the_order_depends_on_seed_and_epoch_only():
     assert len({*map(tuple, want)}) == 3 and epochs(loader(shuffle=True, seed=6)) != want
     dl = loader(shuffle=True, seed=5)
     torch.manual_seed(123), np.random.seed(123), random.seed(123)
-    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    def states(): return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+    before = states()
     dl.one_batch(), dl.one_batch()
     assert epochs(dl) == want
-    assert torch.equal(states[0], torch.get_rng_state()) and (states[1] == np.random.get_state()[1]).all() and states[2] == random.getstate()
+    assert states() == before
     dl.epoch = 1
     assert epochs(dl, 2) == want[1:]                                                # an interrupted training can go on
     assert epochs(dl.new(), 1) == want[:1] and epochs(dl.new(seed=6), 1) != want[:1]
@@ -184,7 +192,7 @@ def test_after_batch_is_called():
 
 
 def test_several_gpus_share_an_epoch(monkeypatch):
-    if not importlib.util.find_spec('accelerate'): # fastai.distributed cannot be imported without; its loader does not use it
+    if not importlib.util.find_spec('accelerate'): # fastai.distributed wants it; its loader does not use it
         monkeypatch.setitem(sys.modules, 'accelerate', types.SimpleNamespace(Accelerator=type('Accelerator', (), {})))
     from fastai.distributed import DistributedDL
     class Shared(DistributedDL):
@@ -216,7 +224,7 @@ def test_learner(tmp_path):
     dls = image_dls(a, 10, 20, bs=8, valid_bs=7, device='cpu')
     learn = learner(dls)
     with learn.no_logging(): learn.fit(2, 1e-2)
-    for i in range(3):                                                              # also the shuffled training points, in their order
+    for i in range(3): # also the shuffled training points, in their order
         preds, targs = learn.get_preds(ds_idx=i)
         assert torch.equal(targs, dls[i].y)
         torch.testing.assert_close(preds, learn.model(dls[i].x).detach())
@@ -227,7 +235,8 @@ def test_learner(tmp_path):
     want = learn.get_preds(dl=dls.test)[0]
     torch.testing.assert_close(learn.get_preds(dl=dls.test_dl(a.x_test))[0], want)
     with pytest.raises(ValueError, match='test_items: the images are float64'): dls.test_dl(a.x_test/255)
-    with pytest.raises(ValueError, match=r'images of \(8, 4\), those to train on are \(8, 8\)'): dls.test_dl(a.x_test[:,:,:4])
+    with pytest.raises(ValueError, match=r'images of \(8, 4\), those to train on are \(8, 8\)'):
+        dls.test_dl(a.x_test[:,:,:4])
     with pytest.raises(ValueError, match='3 channels, but a scale for 1'): dls.test_dl(np.stack([a.x_test]*3, -1))
     learn.path = tmp_path
     learn.export('a.pkl')
@@ -287,6 +296,144 @@ def test_show_batch_of_images(shape, cmap):
     plt.close('all')
 
 
+# however a data set is given, whatever of it is wanted
+
+def test_from_anything_that_holds_arrays(tmp_path):
+    a = named()
+    np.savez(tmp_path/'mine.npz', **a._asdict())
+    want = image_dls(a, 5, 20, bs=10, device='cpu')
+    items = [[(Image.fromarray(o), c) for o,c in zip(x, y)] for x,y in (a[:2], a[2:4])]
+    for given in a._asdict(), tmp_path/'mine.npz', str(tmp_path/'mine.npz'), tuple(items):
+        got = image_dls(given, 5, 20, bs=10, device='cpu')
+        for o,p in zip(got, want, strict=True): assert torch.equal(o.x, p.x) and torch.equal(o.y, p.y)
+        assert got.vocab == want.vocab == list('0123')
+
+
+def test_without_a_test_part():
+    a = {k: v for k,v in arrays().items() if 'train' in k}
+    dls = image_dls(a, 5, 20, bs=10, device='cpu')
+    assert [len(o.dataset) for o in dls] == [20, 20]
+    with pytest.raises(ValueError, match='this data set has no test part: x_test and y_test'): dls.test
+    learn = learner(dls)
+    assert learn.get_preds(dl=dls.test_dl(a['x_train']))[0].shape == (60, 4)
+
+
+def test_all_points():
+    y = np.random.default_rng(0).integers(0, 7, 500)
+    for n_valid, n in (100, 100), (0.25, 125), (0.001, None), (1, 1), (499, 499):
+        if n is None:
+            with pytest.raises(ValueError, match='n_valid=0.001: 1 of the 500 points'): split_idxs(y, None, n_valid)
+            continue
+        train, valid = split_idxs(y, None, n_valid, seed=3)
+        assert len(valid) == n and np.array_equal(np.sort(np.r_[train, valid]), np.arange(500))
+        assert (np.diff(train) > 0).all() and (np.diff(valid) > 0).all()
+    assert set(split_idxs(y, None, 50)[1]) < set(split_idxs(y, None, 0.3)[1]) != set(split_idxs(y, None, 0.3, 1)[1])
+    assert len(split_idxs(y, 10, 0.5)[1]) == 250 and len(split_idxs(y, 10, np.int32(7))[1]) == 7
+
+
+@pytest.mark.parametrize('n_valid', [500, 0.9999, 0, 0., 1., 2.5, -0.1, float('nan'), float('inf'), 10**400])
+def test_a_share_that_is_none(n_valid):
+    with pytest.raises(ValueError, match='n_valid=.*: 1 of the 500 points are for training, which leaves 1 to 499'):
+        split_idxs(np.arange(500) % 7, None, n_valid)
+
+
+@pytest.mark.parametrize('bs', [0, -1, 21])
+def test_a_batch_has_points(bs):
+    with pytest.raises(ValueError, match=f'bs={bs} is not from 1 to 20, the number of training points'):
+        image_dls(named(), 5, 10, bs=bs)
+
+
+# batch transforms
+
+class Dim(RandTransform):
+    "Half as bright, where fastai does random things"
+    def encodes(self, x:TensorImage): return x/2
+
+
+def dimmed(**kwargs): return image_dls(named(shape=(8, 6, 3)), 5, 30, bs=10, device='cpu', **kwargs)
+
+
+@pytest.mark.parametrize('tfms', [Dim(p=1.), [Dim(p=1.)], Pipeline([Dim(p=1.)])], ids=['one', 'list', 'pipeline'])
+def test_batch_transforms_see_pixels_and_train_alone(tfms):
+    plain, dls, a = dimmed(), dimmed(batch_tfms=tfms), named(shape=(8, 6, 3))
+    f = a.x_train[balanced_idxs(a.y_train, 5)].astype(np.float64)
+    mean, sd = f.mean((0,1,2)), f.std((0,1,2))
+    (x, y), (x0, y0) = dls.train.one_batch(), plain.train.one_batch()
+    pixels = x0.permute(0, 2, 3, 1).double().numpy()*sd + mean
+    np.testing.assert_allclose(x.permute(0, 2, 3, 1), (pixels/2 - mean)/sd, atol=1e-5)
+    assert torch.equal(y, y0) and type(x) is torch.Tensor and x.is_contiguous(memory_format=torch.channels_last)
+    for i in 1, 2:
+        for (x, y), (x0, y0) in zip(dls[i], plain[i], strict=True):
+            torch.testing.assert_close(x, x0, atol=1e-5, rtol=1e-5)
+            assert torch.equal(y, y0)
+    assert dls.test_dl(a.x_test).one_batch()[0].allclose(plain.test.one_batch()[0], atol=1e-5)
+    dls.show_batch()
+    shown = np.asarray(plt.gcf().axes[0].images[0].get_array())
+    assert np.abs(shown - pixels[0]/2).max() <= 0.51
+    plt.close('all')
+
+
+@pytest.mark.parametrize('way', ['of the loaders', 'of the call'])
+def test_tta(way):
+    dls, plain, dark = dimmed(batch_tfms=[Dim(p=1.)]), dimmed(), {}
+    learn = learner(dls if way == 'of the loaders' else plain, 8*6*3)
+    preds, targs = learn.tta(beta=None) if way == 'of the loaders' else learn.tta(batch_tfms=Dim(p=1.), beta=None)
+    mean, sd = (torch.tensor(o).float() for o in (plain.valid.mean, plain.valid.sd))
+    pixels = plain.valid.x.permute(0, 2, 3, 1)*sd + mean
+    dark = ((pixels/2 - mean)/sd).permute(0, 3, 1, 2)
+    for got, x in zip(preds, (dark, plain.valid.x), strict=True):
+        torch.testing.assert_close(got, learn.model(x).detach(), atol=1e-4, rtol=1e-4)
+    assert torch.equal(targs, plain.valid.y) and dls.valid.dataset.split_idx == plain.valid.dataset.split_idx == 1
+    with pytest.raises(ValueError, match='no items here: transform batches'): learn.tta(item_tfms=Dim())
+
+
+def test_fastais_own_augmentation_is_finite_and_random():
+    from fastai.vision.augment import aug_transforms
+    dls = image_dls('digits', 10, 100, bs=20, device='cpu', batch_tfms=aug_transforms(size=28))
+    dls.train.shuffle = False
+    torch.manual_seed(0), random.seed(0)
+    one, two = dls.train.one_batch()[0], dls.train.one_batch()[0]
+    assert torch.isfinite(one).all() and one.shape == (20, 1, 28, 28) and not torch.equal(one, two)
+    assert torch.equal(dls.valid.one_batch()[0], dls.valid.one_batch()[0])
+
+
+def test_transforms_survive_an_export(tmp_path):
+    learn = learner(dimmed(batch_tfms=[Dim(p=1.)]), 8*6*3)
+    learn.path, a = tmp_path, named(shape=(8, 6, 3))
+    want = learn.get_preds(dl=learn.dls.test_dl(a.x_test))[0]
+    learn.export('a.pkl')
+    loaded = load_learner(tmp_path/'a.pkl')
+    torch.testing.assert_close(loaded.get_preds(dl=loaded.dls.test_dl(a.x_test))[0], want)
+    assert isinstance(loaded.dls.train.after_batch, PixelTfms)
+
+
+def test_transforms_are_for_images():
+    with pytest.raises(ValueError, match=r'batch transforms are for images, not for \(20, 1\)'):
+        ArrayDL(sin_dls(20, n_valid=10, bs=5).train.dataset, after_batch=[Dim()])
+
+
+# titles
+
+@pytest.mark.parametrize('name, title', [
+    ('$x^2$', r'\$x^2\$'), (r'$\frac{', r'\$\frac{'), ('\x1b[31mred', r'\x1b[31mred'), ('x'*10**5, 'x'*13 + '...'),
+    (r'\$\$', r'\\$\\$'), ('a\nb', r'a\nb'), ('K\u00e4se', 'K\u00e4se')])
+def test_names_of_classes_are_no_markup(name, title):
+    d = {**arrays(n_classes=2), 'classes': np.array([name, 'b'])}
+    axs = list(plt.subplots(3, 3)[1].flat)
+    with plt.rc_context({'text.usetex': True}): # one's own LaTeX gets no text from a data file
+        image_dls(d, 5, 10, bs=9, device='cpu').show_batch(ctxs=axs)
+    assert {ax.get_title() for ax in axs} == {title, 'b'} and not any(ax.title.get_usetex() for ax in axs)
+    axs[0].figure.canvas.draw()
+    plt.close('all')
+
+
+@pytest.mark.parametrize('channels', [1, 2, 3, 4])
+def test_show_batch_of_any_number_of_channels(channels):
+    image_dls(named(shape=(8, 6, channels)), 5, 10, bs=10, device='cpu').show_batch(cmap='viridis')
+    plt.gcf().canvas.draw()
+    plt.close('all')
+
+
 # SIN
 
 def test_sin():
@@ -323,11 +470,13 @@ def test_sin_refuses(kwargs):
 def test_a_study_gets_the_same_points(monkeypatch):
     monkeypatch.setattr(data, 'load_arrays', lambda name, a=named(): a)
     data._read.cache_clear()
-    for got, want, task in ((image_loaders('mnist', 20, 30, 2, 10, 'cpu'), image_dls(named(), 5, 30, 2, 10, device='cpu'), 'classification'),
-                            (sin_loaders(60, 40, 2, 10, 'cpu'), sin_dls(60, 0.1, 2, 10, 40, 'cpu'), 'sin')):
+    images, sin = image_dls(named(), 5, 30, 2, 10, device='cpu'), sin_dls(60, 0.1, 2, 10, 40, 'cpu')
+    for got, want, task in ((image_loaders('mnist', 20, 30, 2, 10, 'cpu'), images, 'classification'),
+                            (sin_loaders(60, 40, 2, 10, 'cpu'), sin, 'sin')):
         assert got.task == want.task == task == got.test.dataset.task
         for o,p in zip(got, want, strict=True):
-            assert torch.equal(o.x, p.x) and torch.equal(o.y, p.y) and (o.bs, o.seed, o.shuffle) == (p.bs, p.seed, p.shuffle)
+            assert torch.equal(o.x, p.x) and torch.equal(o.y, p.y)
+            assert (o.bs, o.seed, o.shuffle) == (p.bs, p.seed, p.shuffle)
     data._read.cache_clear()
 
 
@@ -342,7 +491,7 @@ def test_a_sweep_reads_its_data_once(monkeypatch):
 
 @pytest.mark.parametrize('n', [0, -10, 7, 201])
 def test_n_train_is_a_multiple_of_the_classes(n):
-    with pytest.raises(ValueError, match=f'n_train={n}: .* multiple of 10 classes'): image_loaders('digits', n, 100, 0, 5)
+    with pytest.raises(ValueError, match=f'n_train={n}: .* multiple of 10'): image_loaders('digits', n, 100, 0, 5)
 
 
 # real data, where they are
@@ -364,4 +513,5 @@ def test_real_cifar10():
     dls = image_dls('cifar10', 200, n_valid=5000, bs=128, device='cpu')
     assert dls.vocab == ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
     x, y = dls.one_batch()
-    assert x.shape == (128, 3, 32, 32) and x.is_contiguous(memory_format=torch.channels_last) and len(dls.test.dataset) == 10000
+    assert x.shape == (128, 3, 32, 32) and x.is_contiguous(memory_format=torch.channels_last)
+    assert len(dls.test.dataset) == 10000
