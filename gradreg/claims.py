@@ -34,7 +34,8 @@ def paper(
     df = pd.read_csv(path or _paper_csv()).fillna({'setting': ''})
     need_columns(df, 'table', 'value', 'sd', 'n', by, where, name='the paper')
     for column,value in {'table': table, **where}.items():
-        if value not in (known := df[column].unique().tolist()): raise ValueError(f"{column}={value!r}: choose one of {known}")
+        known = df[column].unique().tolist()
+        if value not in known: raise ValueError(f"{column}={value!r}: choose one of {known}")
         df = df[df[column] == value]
     _one_row_each(out := df.set_index(by), f'table {table}', 'choose among them by data, setting or metric')
     return out.rename(columns={'value': 'mean'})[['n', 'mean', 'sd']]
@@ -51,7 +52,7 @@ def _check(**tables):
 def welch(
     a, # table with the columns n, mean, sd, or one row of it
     b  # another; groups are matched by their index
-)->tuple: # difference of the means, a minus b, and half-width of its 95 % interval; NaN without n >= 2 and sd on both sides
+)->tuple: # difference of the means, a - b, and half-width of its 95 % interval; NaN without n >= 2 and sd on both sides
     "Difference of two means of independent runs, with Welch's interval (Satterthwaite's degrees of freedom)."
     u,v = a.sd**2/a.n,b.sd**2/b.n
     dof = (u + v)**2/(u**2/(a.n - 1) + v**2/(b.n - 1))
@@ -76,8 +77,8 @@ def beside(
     ours:pd.DataFrame,  # what `summarize` or `compare` returns: a row per group with n, mean, sd
     theirs:pd.DataFrame, # what `paper` returns, in the same unit and with the same names of groups
     n_test:int|None=None # test points on either side, if they are not the same ones; the means are then percentages
-)->pd.DataFrame: # a row per group: n, mean, sd; paper_n, paper_mean, paper_sd; gap (ours minus theirs), gap_ci95, verdict
-    "Our means beside the paper's, and whether they match within the 95 % interval of seeds and, with `n_test`, test sets."
+)->pd.DataFrame: # a row per group: n, mean, sd; paper_n, paper_mean, paper_sd; gap (ours - theirs), gap_ci95, verdict
+    "Our means beside the paper's; do they match within the 95 % interval of seeds and, by `n_test`, of test sets?"
     _check(ours=ours, theirs=theirs)
     gap,ci95 = welch(ours, theirs)
     if n_test: ci95 = (ci95**2 + _of_test_sets(n_test, ours['mean'], theirs['mean']))**.5
@@ -87,7 +88,7 @@ def beside(
 
 # %% ../nbs/09_claims.ipynb #34e34179
 def _verdict(n, diff, ci95, sign, margin=0):
-    "What the interval of n differences says of a claim: that they have this sign or, for sign 0, are within the margin."
+    "What the interval of n differences says of a claim: they have this sign or, for sign 0, are within the margin."
     if not _comparable(n, diff, ci95): return 'not comparable'
     if sign: inside,outside = sign*diff > ci95,-sign*diff > ci95
     else: inside,outside = abs(diff) + ci95 <= margin,abs(diff) - ci95 > margin
@@ -115,7 +116,8 @@ def effects(
     "Our paired differences to the baseline beside the paper's, and the verdict on the sign of the paper's."
     _check(ours=ours, theirs=theirs)
     need_columns(ours, 'pairs', _effect, name='ours')
-    if baseline not in theirs.index: raise ValueError(f"theirs has no group {baseline!r}: there are {list(theirs.index)}")
+    if baseline not in theirs.index:
+        raise ValueError(f"theirs has no group {baseline!r}: there are {list(theirs.index)}")
     out = pd.concat([ours[['pairs', *_effect]].rename(columns={'pairs': 'n'}), _to_baseline(theirs, baseline)], axis=1)
     out = out.astype(_whole).drop(index=baseline)
     return out.assign(verdict=[_as_in_paper(o) for o in out.itertuples()])
@@ -125,8 +127,8 @@ def _check_sign(sign, margin):
     if sign not in (-1, 0, 1):
         raise ValueError(f"sign={sign}: the claimed difference is positive (1), negative (-1) or none (0)")
     if not (margin > 0 if sign == 0 else margin == 0):
-        raise ValueError(f"margin={margin} with sign={sign}: sign 0 needs a positive margin, the largest difference that "
-                         "counts as none, other signs have none")
+        raise ValueError(f"margin={margin} with sign={sign}: sign 0 needs a positive margin, the largest difference "
+                         "that counts as none, other signs have none")
 
 # %% ../nbs/09_claims.ipynb #c5746f92
 def claim(
@@ -181,6 +183,7 @@ def _best(df, pattern):
     o = found.iloc[-1]
     return f'{o.claim.split(" (")[0]}: {told(o)} (n = {o.n:.0f}), {o.verdict}'
 
+# %% ../nbs/09_claims.ipynb #31c8c992
 def headlines(
     claims:pd.DataFrame # what `all_claims` returns
 )->list: # of sentences
@@ -192,7 +195,7 @@ def headlines(
             f"Which one? {_best(claims, 'DoubleBack beats SpectReg')}.",
             f'How much? The confirmed gains run from {gain.min():+.2f} to {gain.max():+.2f} points of accuracy; '
             f"{_best(claims, 'SpectReg raises accuracy with weight decay')}.",
-            f'How sure? Each effect is a mean over {run.n.min():.0f} to {run.n.max():.0f} pairs of runs that share their seed; '
-            '± is half of its 95 % interval.',
+            f'How sure? Each effect is a mean over {run.n.min():.0f} to {run.n.max():.0f} pairs of runs that share '
+            'their seed; ± is half of its 95 % interval.',
             f'Where does the paper not hold? {len(against)} of {len(claims)} claims are contradicted, most clearly: '
             + '; '.join(f'{o.claim} ({told(o)})' for o in worst[:3].itertuples()) + '.']

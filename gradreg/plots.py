@@ -19,9 +19,10 @@ def plot_groups(
     ax:Axes,         # where to draw
     metric='test'    # column to draw
 )->Axes:
-    "Each run as a dot, the mean of each group with its 95 % interval; the first group's mean as a line to compare with."
+    "Each run as a dot, the mean of each group with its 95 % interval; the first group's mean as a line."
     sns.stripplot(df, x=metric, y=by, hue=by, legend=False, size=4, alpha=.5, ax=ax)
-    sns.pointplot(df, x=metric, y=by, errorbar=t_interval, linestyle='none', color='.2', marker='D', markersize=4, capsize=.2, err_kws=dict(linewidth=1), ax=ax)
+    sns.pointplot(df, x=metric, y=by, errorbar=t_interval, linestyle='none', color='.2', marker='D', markersize=4,
+                  capsize=.2, err_kws=dict(linewidth=1), ax=ax)
     ax.axvline(df.loc[df[by] == df[by].iloc[0], metric].mean(), color='.6', lw=1, ls='--', zorder=0)
     ax.set_ylabel('')
     return ax
@@ -35,21 +36,24 @@ def plot_curves(
     metric='test'    # column to draw
 )->Axes:
     "A curve of means per group, with 95 % intervals, over one column of the runs."
-    sns.lineplot(df, x=x, y=metric, hue=by, style=by, markers=True, dashes=False, errorbar=t_interval, err_style='bars', err_kws=dict(capsize=3), ax=ax)
+    sns.lineplot(df, x=x, y=metric, hue=by, style=by, markers=True, dashes=False, errorbar=t_interval,
+                 err_style='bars', err_kws=dict(capsize=3), ax=ax)
     ax.legend(title='')
     return ax
 
 # %% ../nbs/21_plots.ipynb #322af6fc
-POINTS = {'jac_train': 'training points', 'jac_test': 'test points', 'jac_between': 'between training points', 'jac_noise': 'noise'}
+POINTS = {'jac_train': 'training points', 'jac_test': 'test points',
+          'jac_between': 'between training points', 'jac_noise': 'noise'}
 
 def plot_slopes(
     df:pd.DataFrame, # rows with the columns jac_train, jac_test, jac_between, jac_noise
     by:str,          # column that tells the groups apart
     ax:Axes          # where to draw
 )->Axes:
-    "Mean Frobenius norm of the logits' Jacobian per group, on and off the training points; means with 95 % intervals, logarithmic."
-    long = df.rename(columns=POINTS).melt(id_vars=by, value_vars=list(POINTS.values()), var_name='points', value_name='norm')
-    sns.pointplot(long, x='norm', y=by, hue='points', errorbar=t_interval, linestyle='none', dodge=.5, markers=['o', 's', 'D', '^'], markersize=5, err_kws=dict(linewidth=1), ax=ax)
+    "Mean Frobenius norm of the logits' Jacobian per group, on and off the training points, with 95 % intervals."
+    long = df.rename(columns=POINTS).melt(by, list(POINTS.values()), 'points', 'norm')
+    sns.pointplot(long, x='norm', y=by, hue='points', errorbar=t_interval, linestyle='none', dodge=.5,
+                  markers=['o', 's', 'D', '^'], markersize=5, err_kws=dict(linewidth=1), ax=ax)
     ax.set(xscale='log', xlabel='mean $\\|J_g\\|_F$', ylabel='')
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter('{x:g}')

@@ -44,7 +44,7 @@ def summarize(
 
 # %% ../nbs/08_tables.ipynb #7dc77857
 def _paired(d):
-    "Of paired differences: number, mean, half-width of the 95 % interval, p of Student's test that they are 0 on average."
+    "Of paired differences: number, mean, half-width of the 95 % interval, p of Student's test that their mean is 0."
     p = stats.ttest_1samp(d, 0).pvalue if len(d) > 1 and d.any() else math.nan
     return len(d),d.mean(),_half_width(d.std(), len(d)),p
 
@@ -83,7 +83,7 @@ def gains(
 # %% ../nbs/08_tables.ipynb #51bcf37c
 def ratios(
     logs:pd.DataFrame # what `compare` returns for the logarithm of a positive metric
-)->pd.DataFrame: # a row per group: pairs, ratio (group over baseline, geometric mean), from, to (ends of its 95 % interval)
+)->pd.DataFrame: # a row per group: pairs, ratio (to the baseline, geometric mean), from, to (its 95 % interval)
     "Paired differences of logarithms, read as ratios."
     need_columns(logs, 'pairs', 'diff', 'diff_ci95')
     low,high = (logs['diff'] + sign*logs.diff_ci95 for sign in (-1, 1))
