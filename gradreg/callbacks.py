@@ -9,6 +9,7 @@ __all__ = ['Record', 'Recorded', 'GradReg', 'SpectReg', 'FrobReg', 'JacReg', 'Do
 import inspect, math, zlib
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from itertools import chain
 from numbers import Integral, Real
 import torch
 from fastai.callback.core import Callback
@@ -18,6 +19,7 @@ from fastai.learner import ValueMetric
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor
+from .double_backward import fast_double_backward
 from .penalties import confidence_penalty, contrasts, double_back, frob_reg, gaussian, spect_reg
 
 # %% ../nbs/10_callbacks.ipynb #c0de0001
@@ -103,11 +105,12 @@ class GradReg(Recorded):
         *,
         every:int=1,   # apply on each `every`-th batch, `every` times as strong (lazy regularization, Karras et al. 2020)
         at=None,       # the layer in whose output to penalise: a name or a function model -> module; None: the inputs
-        generator=None # what random numbers are drawn from; None: a seeded generator of the callback's own
+        generator=None, # what random numbers are drawn from; None: a seeded generator of the callback's own
+        fast:bool=True # forward pass in `fast_double_backward`? The derivatives are the same within rounding
     ):
         super().__init__()
-        self.lam,self.every,self.at,self.generator = lam,every,at,generator
-        self._own,self._on,self._forward = {},False,ExitStack()
+        self.lam,self.every,self.at,self.generator,self.fast = lam,every,at,generator,fast
+        self._own,self._on = {},False
 
     def __setattr__(self, name, value):
         super().__setattr__(name, dict(lam=_strength, every=_period).get(name, lambda o: o)(value))
@@ -134,22 +137,39 @@ def check(self:GradReg):
                          "train the model as it was before torch.compile (`learn.model = compiled._orig_mod`) "
                          "or before model.compile(), and compile it afterwards")
 
+# %% ../nbs/10_callbacks.ipynb #c0de0010
+class _Within:
+    "Stands in for a model's `forward` for one call, which it makes within contexts: left whatever happens in it."
+    @classmethod
+    def of(cls, model): return model.forward if isinstance(model.forward, cls) else cls(model)
+    def __init__(self, model):
+        self.model,self.forward,self.own,self.contexts = model,model.forward,'forward' in vars(model),{}
+        model.forward = self
+    def leave(self):
+        if self.own: self.model.forward = self.forward
+        else: vars(self.model).pop('forward', None)
+    def __call__(self, *args, **kwargs):
+        self.leave()
+        with ExitStack() as stack:
+            for context in chain.from_iterable(self.contexts.values()): stack.enter_context(context)
+            return self.forward(*args, **kwargs)
+
 # %% ../nbs/10_callbacks.ipynb #c0de0005
 @patch
 def around(self:GradReg)->list: # of context managers
     "What is entered around the forward pass of a batch on which the penalty applies."
-    return []
+    return [fast_double_backward()] if self.fast else []
 
 @patch
 def before_batch(self:GradReg):
-    self._forward.close()  # left open where a forward pass was broken off
     self._on = self.lam > 0 and self.train_iter % self.every == 0  # once per batch, whoever changes `lam` meanwhile
     if not self._on: return
     if self.at is None: self.learn.xb = tuple(_leaf(x) for x in self.xb)
-    for context in self.around(): self._forward.enter_context(context)
+    if contexts := self.around(): _Within.of(self.model).contexts[id(self)] = contexts
 
 @patch
-def after_pred(self:GradReg): self._forward.close()
+def after_cancel_batch(self:GradReg): # perhaps before the forward pass
+    if isinstance(self.model.forward, _Within): self.model.forward.leave()
 
 @patch
 def after_loss(self:GradReg):
@@ -222,9 +242,10 @@ class SpectReg(GradReg):
         probe=gaussian, # distribution of the projection: `gaussian`, `sphere`, `rademacher` or any function of the logits
         every:int=1,    # apply on each `every`-th batch, `every` times as strong
         at=None,        # the layer in whose output to penalise; None: the inputs
-        generator=None  # what the probe is drawn from; None: a seeded generator of the callback's own
+        generator=None, # what the probe is drawn from; None: a seeded generator of the callback's own
+        fast:bool=True  # forward pass in `fast_double_backward`?
     ):
-        super().__init__(lam, every=every, at=at, generator=generator)
+        super().__init__(lam, every=every, at=at, generator=generator, fast=fast)
         self.probe = probe
     def penalty(self): return self.scaled(spect_reg, self.pred, self.draw(self.probe, self.pred))
 

@@ -1,19 +1,25 @@
 "fast_double_backward against PyTorch's own derivatives: layers, options, orders, networks, and all that is passed on"
 import copy, pickle, subprocess, sys, textwrap, threading, warnings, weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 import pytest, torch
+from fastai.callback.core import Callback, CancelBatchException, CancelFitException
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.optimizer import SGD
 from fastai.torch_core import TensorImage
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.autograd import forward_ad, grad
 from torch.func import functional_call, jacrev, vmap
 from torch.nn import functional as F
+from torch.overrides import _get_current_function_mode_stack
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from gradreg import double_backward
+from gradreg.callbacks import DoubleBack, FrobReg, JacReg, SpectReg
 from gradreg.double_backward import fast_double_backward
 from gradreg.models import cifar_resnet, lenet5, mlp, resnet18
 from gradreg.penalties import double_back, frob_reg, spect_reg
@@ -459,3 +465,89 @@ def test_distributed(tmp_path):
     for o in runs:
         error = o.communicate(timeout=120)[1]
         assert o.returncode == 0, error[-2000:]
+
+# ---------------------------------------------------------------- the callbacks
+
+class Names(Callback):
+    "Did a node of ours make the output of each training batch? Is `forward` the model's own again?"
+    def before_fit(self): self.nodes, self.own = [], []
+    def after_pred(self):
+        if not self.training: return
+        names, stack = [], [self.pred.grad_fn]
+        while stack:
+            names.append((node := stack.pop()).name())
+            stack += [o for o, _ in node.next_functions if o]
+        self.nodes.append('_BatchNormBackward' in names)
+        self.own.append('forward' not in vars(self.model))
+
+def learner(*cbs, net=None):
+    torch.manual_seed(0)
+    net = net or nn.Sequential(nn.Conv2d(1, 3, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(243, 4))
+    x, y = torch.randn(48, 1, 28, 28), torch.arange(48) % 4
+    ds = [list(zip(x[i::2], y[i::2])) for i in range(2)]
+    dls = DataLoaders.from_dsets(*ds, bs=6, shuffle=False, num_workers=0, device='cpu')
+    learn = Learner(dls, net, loss_func=nn.CrossEntropyLoss(), opt_func=SGD, cbs=[*cbs, Names()])
+    return learn
+
+def fit(*cbs, **kw):
+    learn = learner(*cbs, **kw)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, .01)
+    return learn
+
+def modes(): return _get_current_function_mode_stack()
+
+def test_only_batches_with_a_penalty_are_served():
+    learn = fit(SpectReg(.1, every=2))
+    assert learn.names.nodes == [True, False]*4 and all(learn.names.own) and not modes()
+
+@pytest.mark.parametrize('cls', [SpectReg, FrobReg, JacReg, DoubleBack])
+def test_training_is_the_same_within_rounding(cls):
+    fast, native = [fit(cls(.1, fast=o)) for o in (True, False)]
+    assert_close(list(fast.model.state_dict().values()), list(native.model.state_dict().values()), rtol=1e-4, atol=1e-4)
+
+class Breaks(nn.Module):
+    "A layer whose third call raises."
+    def __init__(self, error): super().__init__(); self.error, self.n = error, 0
+    def forward(self, x):
+        self.n += 1
+        if self.n == 3: raise self.error
+        return x
+
+@pytest.mark.parametrize('error', [RuntimeError('broken'), KeyboardInterrupt(), CancelFitException()], ids=repr)
+def test_a_broken_forward_pass_leaves_nothing_behind(error):
+    net = nn.Sequential(nn.Conv2d(1, 3, 3, 3), nn.BatchNorm2d(3), Breaks(error), nn.Flatten(), nn.Linear(243, 4))
+    with pytest.raises(type(error)) if not isinstance(error, CancelFitException) else nullcontext():
+        fit(SpectReg(.1), FrobReg(.1), net=net)
+    assert not modes() and 'forward' not in vars(net) and not served(net[:2](torch.randn(2, 1, 28, 28)))
+
+def test_a_batch_cancelled_before_its_forward_pass():
+    class Skip(Callback):
+        order = SpectReg.order + 1
+        def before_batch(self):
+            assert self.training == ('forward' in vars(self.model))
+            if self.train_iter == 3 and self.training: raise CancelBatchException
+    learn = fit(SpectReg(.1), Skip())
+    assert 'forward' not in vars(learn.model) and len(learn.names.nodes) == 7
+
+def test_a_forward_that_somebody_else_has_put_there():
+    net, calls = nn.Sequential(nn.Flatten(), nn.Linear(784, 4)), []
+    inner = net.forward
+    def mine(x):
+        calls.append(len(modes()))
+        return inner(x)
+    net.forward = mine
+    fit(SpectReg(.1), FrobReg(.1), net=net)
+    assert net.forward is mine and set(calls) == {0, 2}  # two callbacks in training, none in validation
+
+def test_other_contexts_by_a_subclass():
+    seen = []
+    class Mine(SpectReg):
+        def around(self):
+            @contextmanager
+            def context():
+                seen.append('in')
+                try: yield
+                finally: seen.append('out')
+            return [*super().around(), context()]
+    fit(Mine(.1, every=4))
+    assert seen == ['in', 'out']*2

@@ -81,7 +81,7 @@ def test_importing_the_package_imports_nothing():
     assert done.stdout.strip() == "['gradreg']", done.stdout + done.stderr
 
 def test_torch_is_enough():
-    done = python("import sys; sys.modules['fastai'] = sys.modules['fastcore'] = None; import gradreg.jacobians, gradreg.penalties, gradreg.relatives, gradreg.models")
+    done = python("import sys; sys.modules['fastai'] = sys.modules['fastcore'] = None; import gradreg.jacobians, gradreg.penalties, gradreg.relatives, gradreg.double_backward, gradreg.models")
     assert done.returncode == 0, done.stderr
 
 @pytest.fixture
