@@ -523,7 +523,7 @@ def test_a_member_that_lies_about_its_size(given):
     b = write_zip(given/f'{TINY}.zip', members).read_bytes()
     (given/f'{TINY}.zip').write_bytes(lying(b, len(text), 100))
     most, said = peak(lambda: load_arrays('tiny_imagenet'))
-    assert most < 20 and 'wnids.txt: Bad CRC-32' in said
+    assert most < 30 and 'wnids.txt: Bad CRC-32' in said # 10 MB are the most of a text, and there is a copy
 
 
 @pytest.mark.parametrize('member, content, message', [
