@@ -61,7 +61,9 @@ def shown(cell, alt):
     cell.outputs = [o for o in cell.outputs if visible(o)]
     for o in cell.outputs:
         if 'text/html' in o.get('data', {}): o.data['text/html'] = ''.join(o.data['text/html']).replace('class="fastprogress"', 'class="dataframe"')
-    cell.metadata = dict(mystnb=dict(image=dict(alt=flags.get('fig-alt') or alt)), tags=['remove-input'] if flags.get('echo') == 'false' or not cell.source else [])
+    folds = {'remove-input': flags.get('echo') == 'false' or not cell.source, 'hide-input': flags.get('code-fold') == 'true'}
+    tags = [o for o,wanted in folds.items() if wanted][:1]
+    cell.metadata = dict(mystnb=dict(image=dict(alt=flags.get('fig-alt') or alt)), tags=tags)
     return cell
 
 def page(path, results):
