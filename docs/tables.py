@@ -73,6 +73,10 @@ def all_tables(results):
 
 # ---------------------------------------------------------------- the slider
 
+def script_data(data):
+    "Data for a script element of a page: what a file says cannot end it, nor begin another."
+    return json.dumps(data, separators=(',', ':'), allow_nan=False).replace('<', r'\u003c')
+
 def slider(results):
     "The markup of the interactive figure with its data, or nothing where the study's files are not there."
     files = results/'sin_curves.csv',results/'sin_points.csv'
@@ -82,4 +86,4 @@ def slider(results):
     curves,points = curves[curves.seed == seed].sort_values(['spect_reg', 'x']),points[points.seed == seed]
     of = lambda df, *cols: {c: df[c].round(4).tolist() for c in cols}
     data = dict(points=of(points, 'x', 'y'), fits=[dict(lam=lam, **of(o, 'x', 'fit', 'slope')) for lam,o in curves.groupby('spect_reg')])
-    return (here/'slider.html').read_text(encoding='utf-8').replace('DATA', json.dumps(data, separators=(',', ':'), allow_nan=False))
+    return (here/'slider.html').read_text(encoding='utf-8').replace('DATA', script_data(data))

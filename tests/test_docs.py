@@ -1,5 +1,6 @@
 "What the site's pages say is true: their code runs, their numbers have a source, their tables name what exists."
-import os, re, subprocess, sys
+import json, os, re, subprocess, sys
+from html.parser import HTMLParser
 from pathlib import Path
 import pandas as pd, pytest
 from fastcore.basics import camel2snake
@@ -111,3 +112,18 @@ def test_a_card_shows_the_claims_of_its_regularizer(tmp_path):
     assert len(other) == 1 and 'contradicted' in other[0]
 
 def test_what_no_run_has_asked_says_so(tmp_path): assert answers.helps('frob_reg', tmp_path) == '*No run has asked this yet.*'
+
+def test_a_result_file_puts_no_script_on_the_page(tmp_path):
+    "The data of the slider, found as a browser finds them, are those of the file"
+    evil = '1</script><script>alert("x")</script><!--'
+    pd.DataFrame({'x': [0., 1.], 'y': [0., 1.], 'seed': 0}).to_csv(tmp_path/'sin_points.csv', index=False)
+    curves = {'x': [0., 1.], 'fit': [0., 1.], 'slope': [0., 1.], 'seed': 0, 'spect_reg': evil}
+    pd.DataFrame(curves).to_csv(tmp_path/'sin_curves.csv', index=False)
+    scripts = []
+    class Page(HTMLParser):
+        def handle_starttag(self, tag, attrs): scripts.append('') if tag == 'script' else None
+        def handle_data(self, data):
+            if self.cdata_elem == 'script': scripts[-1] += data
+    (page := Page()).feed(tables.slider(tmp_path))
+    page.close()
+    assert len(scripts) == 2 and json.loads(scripts[0])['fits'][0]['lam'] == evil and scripts[1] == ''
