@@ -197,9 +197,11 @@ def _is_file(path):
 
 # %% ../nbs/05_arrays.ipynb #cb9c9131
 def find_arrays(
-    name:str, # name of a data set, also one's own
+    name:str|os.PathLike, # name of a data set, also one's own, or a path to an .npz file
 )->Path|None: # the first file with it, an .npz file or Tiny ImageNet's zip; None if there is none on this machine
     "Where the arrays `name` lie on this machine: in `GRADREG_DATA`, else in the user's cache; nothing is downloaded"
+    path = Path(os.path.expanduser(name))
+    if path.suffix == '.npz': return path if _is_file(path) else None
     files = [f'{name}.npz'] + [f'{_tiny}.zip']*(name == 'tiny_imagenet')
     return next((f for d in _folders() for o in files if _is_file(f := d/o)), None)
 
@@ -316,14 +318,12 @@ def load_arrays(
     name:str|os.PathLike, # mnist, cifar10, cifar100, tiny_imagenet, digits, or one's own: NAME or a path to NAME.npz
 )->Arrays: # checked arrays
     "The data set `name` from `GRADREG_DATA`, else from the user's cache, else made or downloaded (and then cached)"
-    if str(name).endswith('.npz'):
-        path = Path(os.path.expanduser(name))
-        if not _is_file(path): raise FileNotFoundError(f'there is no file {path}, seen from {Path.cwd()}')
-        return _read_npz(path)
-    if not re.fullmatch(r'\w[\w.-]{,59}', str(name)):
-        raise ValueError(f'{shown(repr(name))} is neither a name, up to 60 letters, digits, _ . -, nor a path to .npz')
+    by_path = str(name).endswith('.npz')
+    if not by_path and not re.fullmatch(r'\w[\w.-]{,59}', str(name)):
+        raise ValueError(f'{shown(repr(name))} is not a name, of up to 60 letters, digits, _ . -, nor a path to .npz')
     path = find_arrays(name)
     if path: return _read_tiny(path) if path.suffix == '.zip' else _read_npz(path)
+    if by_path: raise FileNotFoundError(f'there is no file {shown(name, 200)}, seen from {Path.cwd()}')
     if name not in _known: raise _unknown(name)
     return _digits() if name == 'digits' else _download(name)
 
