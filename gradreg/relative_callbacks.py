@@ -28,9 +28,10 @@ class TangentProp(GradReg):
         tangents:Callable=relatives.tangents, # inputs (N,*D) -> directions that should not matter, (N,T,*D)
         probe=gaussian, # distribution of the projection; None for the exact sum, with T passes more
         every:int=1,    # apply on each `every`-th batch, `every` times as strong
-        generator=None  # what the probe is drawn from; None: a seeded generator of the callback's own
+        generator=None, # what the probe is drawn from; None: a seeded generator of the callback's own
+        fast:bool=True  # forward pass in `fast_double_backward`?
     ):
-        super().__init__(lam, every=every, generator=generator)
+        super().__init__(lam, every=every, generator=generator, fast=fast)
         self.tangents,self.probe = tangents,probe
     def penalty(self):
         with torch.no_grad(): t = self.tangents(self.x)
@@ -47,7 +48,7 @@ class DataGrad(DoubleBack):
         norm:float=2,   # norm of the loss gradient that the step gains: 1, 2 or math.inf
         every:int=1     # apply on each `every`-th batch, `every` times as strong
     ):
-        super().__init__(lam, every=every)
+        super().__init__(lam, every=every, fast=False)  # nothing is differentiated twice
         self.eps,self.norm = eps,norm
     def around(self):
         self._drawn = torch.get_rng_state(), *get_device_states(*self.xb)
@@ -95,19 +96,23 @@ class Layerwise(GradReg):
         *,
         probe=gaussian, # distribution of the projections
         every:int=1,    # apply on each `every`-th batch, `every` times as strong
-        generator=None  # what the probes are drawn from; None: a seeded generator of the callback's own
+        generator=None, # what the probes are drawn from; None: a seeded generator of the callback's own
+        fast:bool=True  # forward pass in `fast_double_backward`?
     ):
-        super().__init__(lam, every=every, generator=generator)
+        super().__init__(lam, every=every, generator=generator, fast=fast)
         self.probe = probe
-    def around(self):
-        self._chain = [self.x]
-        def pick(module, args, out): self._chain.append(out)
-        return [*super().around(), *(stage[-1].register_forward_hook(pick) for stage in stages(self.model))]
     def penalty(self):
         def of(s, x): return chain_reg(self._chain, lambda z: s*self.draw(self.probe, z))  # quadratic in s
         return self.scaled(of, torch.ones((), device=self.x.device))
 
-# %% ../nbs/14_relative_callbacks.ipynb #72890772
+# %% ../nbs/14_relative_callbacks.ipynb #d38c6f2c
+@patch
+def around(self:Layerwise):
+    self._chain = [self.x]
+    def pick(module, args, out): self._chain.append(out)
+    return [*super(Layerwise, self).around(), *(o[-1].register_forward_hook(pick) for o in stages(self.model))]
+
+# %% ../nbs/14_relative_callbacks.ipynb #868a40ea
 class Sobolev(GradReg):
     "Penalise `sobolev`, the difference to the projected Jacobian of an oracle (Czarnecki et al. 2017)."
     passes,takes = staticmethod(lambda n_out: 2),('probe',)
@@ -117,16 +122,17 @@ class Sobolev(GradReg):
         oracle:nn.Module, # network whose Jacobian is to be matched, on the same device; it learns nothing
         probe=gaussian,   # distribution of the projection
         every:int=1,      # apply on each `every`-th batch, `every` times as strong
-        generator=None    # what the probe is drawn from; None: a seeded generator of the callback's own
+        generator=None,   # what the probe is drawn from; None: a seeded generator of the callback's own
+        fast:bool=True    # forward pass in `fast_double_backward`?
     ):
-        super().__init__(lam, every=every, generator=generator)
+        super().__init__(lam, every=every, generator=generator, fast=fast)
         self.oracle,self.probe = oracle,probe
     def penalty(self):
         x = self.x.detach().requires_grad_()
         def of(s, _): return sobolev(self.pred, self.x, self.oracle(x), x, s*self.draw(self.probe, self.pred))
         return self.scaled(of, torch.ones((), device=x.device))
 
-# %% ../nbs/14_relative_callbacks.ipynb #b7de428e
+# %% ../nbs/14_relative_callbacks.ipynb #1ed9f153
 class SpectralNorms(GradReg):
     "Penalise the sum of the weights' squared spectral norms, by one power step each (Yoshida and Miyato 2017)."
     passes = staticmethod(lambda n_out: 0)
@@ -136,7 +142,7 @@ class SpectralNorms(GradReg):
         operators:bool=False, # norms of the layers as operators on the inputs? Of their reshaped kernels otherwise
         every:int=1           # apply on each `every`-th batch, `every` times as strong
     ):
-        super().__init__(lam, every=every)
+        super().__init__(lam, every=every, fast=False)
         self.operators,self.vectors = operators,None
     def before_fit(self):
         super().before_fit()
@@ -145,7 +151,7 @@ class SpectralNorms(GradReg):
         if self.vectors is None: self.vectors = start_vectors(self.model, self.x if self.operators else None)
         return sum(s.square() for s in weight_spectral_norms(self.model, self.vectors).values())
 
-# %% ../nbs/14_relative_callbacks.ipynb #b50dfdf5
+# %% ../nbs/14_relative_callbacks.ipynb #f14f3d47
 class SpectralNormReg(GradReg):
     "Penalise `spectral_norm_reg`, the Jacobian in its steepest direction (the paper's section 2.1 would, if it could)."
     passes = staticmethod(lambda n_out: 2*n_out + 1)  # at most
@@ -155,13 +161,14 @@ class SpectralNormReg(GradReg):
         tol:float=1e-2,  # residual of the direction at which the search stops, relative, >= 0
         every:int=1,     # apply on each `every`-th batch, `every` times as strong
         at=None,         # the layer in whose output to penalise; None: the inputs
-        generator=None   # what the search starts from is drawn from it; None: a seeded one of the callback's own
+        generator=None,  # what the search starts from is drawn from it; None: a seeded one of the callback's own
+        fast:bool=True   # forward pass in `fast_double_backward`?
     ):
-        super().__init__(lam, every=every, at=at, generator=generator)
+        super().__init__(lam, every=every, at=at, generator=generator, fast=fast)
         self.tol = tol
     def penalty(self): return self.scaled(spectral_norm_reg, self.pred, self.draw(gaussian, self.pred), self.tol)
 
-# %% ../nbs/14_relative_callbacks.ipynb #f5b05539
+# %% ../nbs/14_relative_callbacks.ipynb #3cb9036d
 class TwoSided(GradReg):
     "Penalise `two_sided`, the distance of the gradient's length from a target (Gulrajani et al. 2017)."
     def __init__(self,
@@ -169,9 +176,10 @@ class TwoSided(GradReg):
         *,
         target:float=1., # length that costs nothing, >= 0
         every:int=1,     # apply on each `every`-th batch, `every` times as strong
-        at=None          # the layer in whose output to penalise; None: the inputs
+        at=None,         # the layer in whose output to penalise; None: the inputs
+        fast:bool=True   # forward pass in `fast_double_backward`?
     ):
-        super().__init__(lam, every=every, at=at)
+        super().__init__(lam, every=every, at=at, fast=fast)
         self.target = target
     def penalty(self):
         def of(s, x): return two_sided(s*self.pred, x, s*self.target)  # quadratic in s

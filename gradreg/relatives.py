@@ -205,7 +205,7 @@ def spectral_norm_reg(
     with torch.no_grad(): v = lanczos(gram_product(y, x), gaussian(y) if u is None else u, tol, max_iter)[1]
     return spect_reg(y, x, v)
 
-# %% ../nbs/02_relatives.ipynb #cd2e0584
+# %% ../nbs/02_relatives.ipynb #bd353fba
 def two_sided(
     y:Tensor,       # one output per example, computed from `x`, (N,) or (N,1)
     x:Tensor,       # inputs, require grad, (N,*D)
