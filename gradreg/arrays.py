@@ -142,7 +142,12 @@ def _naming(member):
 def _archive(path):
     "The open zip file `path`; whatever is wrong in it is one short `ValueError` with the way out"
     try:
-        with zipfile.ZipFile(path) as z: yield z
+        with zipfile.ZipFile(path) as z:
+            z.fp.seek(-12 - len(z.comment), os.SEEK_END) # there it says how many members it has, modulo 65536
+            said = int.from_bytes(z.fp.read(2), 'little')
+            n = len(z.filelist)
+            if said not in (n % 2**16, 2**16 - 1): raise ValueError(f'{n} of {said} members')
+            yield z
     except Exception as e: # a damaged archive raises anything from zlib.error to SyntaxError
         raise ValueError(f'{path} cannot be read ({shown(str(e) or type(e).__name__, 200)}): replace it, '
                          'or delete it to have it fetched or made again') from e
@@ -216,9 +221,8 @@ def _digits():
     return Arrays(x[:797], y[:797], x[797:], y[797:], d.target_names.astype(str))
 
 # %% ../nbs/05_arrays.ipynb #e1607b44
-def _jpeg(z, member):
+def _jpeg(z, member, most=10**6):
     "The 64x64 pixels of a member of the zip `z`, grey images too as (64,64,3)"
-    most = 10**6 # bytes
     with _naming(member), _open(z, member, most) as f:
         try: im = Image.open(BytesIO(f.read(most)), formats=['JPEG'])
         except UnidentifiedImageError: raise ValueError('is no JPEG image') from None
@@ -232,9 +236,8 @@ def _jpegs(z, labelled):
     return x, np.array([label for label,_ in labelled], np.int64)
 
 # %% ../nbs/05_arrays.ipynb #a3ac3b10
-def _columns(z, name, n):
-    "The first `n` columns of a text file of the archive, row by row"
-    most = 10**7 # bytes
+def _columns(z, name, n, most=10**7):
+    "The first `n` columns of a text file of the archive, row by row, if it has at most `most` bytes"
     with _naming(f'{_tiny}/{name}'), _open(z, f'{_tiny}/{name}', most) as f:
         rows = [o.split('\t')[:n] for o in f.read(most).decode().splitlines()]
         short = next((i for i,o in enumerate(rows, 1) if len(o) < n), None)
@@ -243,10 +246,9 @@ def _columns(z, name, n):
 
 def _tiny_members(z):
     "The members with images in the open zip `z`, with their classes: training images by class and number, test images"
-    names = z.namelist()
-    outside = [o for o in names if re.search(r'(^|[/\\])\.\.([/\\]|$)|^[/\\]|^\w:', o)]
+    outside = [o for o in z.namelist() if re.search(r'(^|[/\\])\.\.([/\\]|$)|^[/\\]|^\w:', o)]
     if outside: raise ValueError(f'the member {outside[0]} leads outside the archive')
-    found = [m for o in names if (m := re.fullmatch(rf'{_tiny}/train/(n\d+)/images/\1_(\d+)\.JPEG', o))]
+    found = [m for o in z.namelist() if (m := re.fullmatch(rf'{_tiny}/train/(n\d+)/images/\1_(\d+)\.JPEG', o))]
     train = sorted((m[1], int(m[2]), m[0]) for m in found)
     test = [(wnid, f'{_tiny}/val/images/{o}') for o,wnid in _columns(z, 'val/val_annotations.txt', 2)]
     return [(o[0], o[-1]) for o in train], test
@@ -286,8 +288,8 @@ def _fetch_torchvision(name, folder):
     "The arrays of MNIST or CIFAR, downloaded to `folder`"
     from torchvision import datasets
     train, test = (getattr(datasets, name.upper())(folder, train=o, download=True) for o in (True, False))
-    classes = [o.split(' - ')[0] for o in train.classes] # MNIST's are '0 - zero' and so on
-    return Arrays(*(np.asarray(o) for d in (train, test) for o in (d.data, d.targets)), np.array(classes))
+    parts = (np.asarray(o) for d in (train, test) for o in (d.data, d.targets))
+    return Arrays(*parts, np.array([o.split(' - ')[0] for o in train.classes])) # MNIST's are '0 - zero' and so on
 
 # %% ../nbs/05_arrays.ipynb #1d940311
 def _download(name):
@@ -318,12 +320,11 @@ def load_arrays(
     name:str|os.PathLike, # mnist, cifar10, cifar100, tiny_imagenet, digits, or one's own: NAME or a path to NAME.npz
 )->Arrays: # checked arrays
     "The data set `name` from `GRADREG_DATA`, else from the user's cache, else made or downloaded (and then cached)"
-    by_path = str(name).endswith('.npz')
-    if not by_path and not re.fullmatch(r'\w[\w.-]{,59}', str(name)):
+    if not re.fullmatch(r'\w[\w.-]{,59}|(?s:.*)\.npz', str(name)):
         raise ValueError(f'{shown(repr(name))} is not a name, of up to 60 letters, digits, _ . -, nor a path to .npz')
     path = find_arrays(name)
     if path: return _read_tiny(path) if path.suffix == '.zip' else _read_npz(path)
-    if by_path: raise FileNotFoundError(f'there is no file {shown(name, 200)}, seen from {Path.cwd()}')
+    if str(name).endswith('.npz'): raise FileNotFoundError(f'no file {shown(name, 200)}, seen from {Path.cwd()}')
     if name not in _known: raise _unknown(name)
     return _digits() if name == 'digits' else _download(name)
 
