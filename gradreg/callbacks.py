@@ -100,6 +100,7 @@ class GradReg(Recorded):
     "Base of the penalty callbacks: adds `lam` times the mean of `penalty()` to the loss (paper, section 2.1)."
     order,run_valid = GradientAccumulation.order-1,False
     takes,passes = (),staticmethod(lambda n_out: 1)  # own arguments by name; backward passes for so many outputs
+    capturable = True  # within a CUDA graph
     def __init__(self,
         lam:float,     # the paper's lambda, finite, at least 0; 0 trains bit for bit as without the callback
         *,
@@ -110,7 +111,7 @@ class GradReg(Recorded):
     ):
         super().__init__()
         self.lam,self.every,self.at,self.generator,self.fast = lam,every,at,generator,fast
-        self._own,self._on = {},False
+        self._own,self.on = {},False
 
     def __setattr__(self, name, value):
         super().__setattr__(name, dict(lam=_strength, every=_period).get(name, lambda o: o)(value))
@@ -162,8 +163,8 @@ def around(self:GradReg)->list: # of context managers
 
 @patch
 def before_batch(self:GradReg):
-    self._on = self.lam > 0 and self.train_iter % self.every == 0  # once per batch, whoever changes `lam` meanwhile
-    if not self._on: return
+    self.on = self.lam > 0 and self.train_iter % self.every == 0  # once per batch, whoever changes `lam` meanwhile
+    if not self.on: return
     if self.at is None: self.learn.xb = tuple(_leaf(x) for x in self.xb)
     if contexts := self.around(): _Within.of(self.model).contexts[id(self)] = contexts
 
@@ -173,7 +174,7 @@ def after_cancel_batch(self:GradReg): # perhaps before the forward pass
 
 @patch
 def after_loss(self:GradReg):
-    if not self._on: return
+    if not self.on: return
     with torch.autocast(self.learn.loss_grad.device.type, enabled=False): pen = self.penalty().mean()
     self.record.add(pen.detach())
     self.learn.loss_grad = self.learn.loss_grad + self.every*self.lam*pen
@@ -253,7 +254,7 @@ class SpectReg(GradReg):
 class FrobReg(GradReg):
     "Penalise `frob_reg`, the exact squared Frobenius norm of the logits' Jacobian (paper, section 2.1)."
     passes = staticmethod(lambda n_out: n_out)
-    def penalty(self): return self.scaled(frob_reg, self.pred)
+    def penalty(self): return self.scaled(partial(frob_reg, generator=self.rng(self.pred.device)), self.pred)
 
 def _logits(pred):
     if pred.ndim < 2 or pred.shape[1] < 2:
@@ -266,7 +267,7 @@ class JacReg(GradReg):
     passes = staticmethod(lambda n_out: n_out - 1)
     def penalty(self):
         p = _logits(self.pred).softmax(1)
-        return self.scaled(frob_reg, p, partial(contrasts, p))
+        return self.scaled(partial(frob_reg, generator=self.rng(p.device)), p, partial(contrasts, p))
 
 # %% ../nbs/10_callbacks.ipynb #0ddbc199
 class DoubleBack(GradReg):
@@ -294,5 +295,5 @@ class ConfidencePenalty(GradReg):
         *,
         every:int=1 # apply on each `every`-th batch, `every` times as strong
     ): super().__init__(lam, every=every)
-    def before_batch(self): self._on = self.lam > 0 and self.train_iter % self.every == 0  # no derivative in the input
+    def before_batch(self): self.on = self.lam > 0 and self.train_iter % self.every == 0  # no derivative in the input
     def penalty(self): return confidence_penalty(_logits(self.pred))

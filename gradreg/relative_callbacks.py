@@ -41,6 +41,7 @@ class TangentProp(GradReg):
 # %% ../nbs/14_relative_callbacks.ipynb #03a79b74
 class DataGrad(DoubleBack):
     "Penalise `data_grad`, what the loss gains towards an adversarial neighbour (Ororbia et al. 2017)."
+    capturable = False  # its second pass reads the state of random generators
     def __init__(self,
         lam:float,      # strength, at least 0
         *,
