@@ -65,7 +65,7 @@ def tuned(column, results):
             tried = ', '.join(f'{i:g}' for i in mean.index)
             yield {'data': f'{o["data"]}, {o["n_train"]} points', 'network': net, 'strength': f'{mean.idxmax():g}', 'from': f'our runs: best on validation points of {tried} ({seeds.min()} seeds)'}
 
-def strengths(column, results): return markdown(pd.concat([authors(REGULARIZERS[column].__name__), pd.DataFrame(tuned(column, results))]))
+def strengths(column, results): return markdown(pd.concat([authors(REGULARIZERS[column].partition(':')[2]), pd.DataFrame(tuned(column, results))]))
 
 def all_tables(results):
     "Everything that a page may name in double braces on a line of its own."

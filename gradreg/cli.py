@@ -176,7 +176,7 @@ def tune_strength(
     rows = _tuning(base, method, lams, options.pop('seeds'), results, options)
     best = getattr(study.choose(base, rows, [method]), method)
     table = study.summarize(rows[rows.status == 'ok'], method, 'valid').rename(index='{:g}'.format).round(4)
-    metric = 'mean squared error' if base.data == 'sin' else 'accuracy'
+    metric = study.task_of(base).metric
     edge = ', at the edge of the list: try further ones'*(len(lams) > 1 and best in (min(lams), max(lams)))
     print(f'{base.data}, {base.model}, {base.n_train:,} training points, {base.iters:,} steps: '
           f'{metric} on {base.n_valid:,} validation points',
@@ -201,14 +201,14 @@ def _add_arguments(parser, f, but=()):
 
 # %% ../nbs/23_cli.ipynb #20ff2b75
 def _parser(fields_too):
-    "A parser of all commands; the fields of `Run` take a while to load."
+    "A parser of all commands."
     parser = argparse.ArgumentParser('gradreg', description=__doc__, epilog='gradreg COMMAND --help says more.')
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True, dest='command')
     for name,f in COMMANDS.items():
         sub = commands.add_parser(name, help=f.__doc__, description=f.__doc__, allow_abbrev=False)
         _add_arguments(sub, f)
         if f is tune_strength and fields_too:
-            from gradreg.study import Run # here: slow to import
+            from gradreg.runs import Run # here: only for this command
             _add_arguments(sub, Run, but=('seed', 'protocol'))
     return parser
 

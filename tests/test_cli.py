@@ -508,9 +508,10 @@ def test_tune_trains_and_trains_once(repo, capsys):
 
 
 def test_every_field_of_run_is_an_option_of_tune(repo, capsys, monkeypatch):
-    other = {str: lambda v: f'{v}x', int: lambda v: v + 1, float: lambda v: v + .5, bool: lambda v: True}
+    other = {int: lambda v: v + 1, float: lambda v: v + .5, bool: lambda v: True}
+    texts = dict(model='my_nets:small', penalty='my_reg:GapReg', at='0.1', probe='sphere', opt='sgd', precision='bf16')
     names = [f for f in fields(Run) if f.name not in ('seed', 'protocol', 'spect_reg', 'data')]
-    want = replace(Run(data='digits'), **{f.name: other[f.type](f.default) for f in names})
+    want = replace(Run(data='digits'), **{f.name: texts.get(f.name) or other[f.type](f.default) for f in names})
     args = [o for f in names for o in [f'--{f.name}', str(getattr(want, f.name))][:1 if f.type is bool else 2]]
     def run_all(runs, path, **options):
         assert runs == [replace(want, spect_reg=o, seed=s) for o in (.1, .2) for s in range(2)]
@@ -535,10 +536,16 @@ def test_tune_errors(repo, capsys, args, said):
     assert not Path('tune.csv').exists()
 
 
-def test_tune_says_why_runs_failed(repo, capsys):
+def test_tune_says_what_can_never_work(repo, capsys):
     assert cli.main([*WD, '--n_train', '15', '--iters', '2', '--seeds', '1', '--jobs', '1']) == 2
-    *_, reason, end = capsys.readouterr().err.splitlines()
-    assert 'multiple of the 10 classes' in reason
+    assert 'multiple of 10 classes (nothing was trained' in one_line(capsys.readouterr().err)
+    assert not Path('tune.csv').exists()
+
+
+def test_tune_says_that_no_run_came_to_its_end(repo, capsys):
+    wild = '--n_train 20 --n_valid 50 --bs 10 --lr 1e30 --iters 9 --seeds 1 --jobs 1'.split()
+    assert cli.main([*WD, *wild]) == 2
+    end = capsys.readouterr().err.splitlines()[-1]
     assert end == 'gradreg: no run came to its end: the column status of tune.csv says why'
 
 

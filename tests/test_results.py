@@ -5,9 +5,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from fastai.callback.core import Callback, CancelFitException
-from gradreg import runs
 from gradreg.arrays import find_arrays
-from gradreg.runs import PROTOCOL, Run, halvings, run
+from gradreg.runs import PROTOCOL, Run, halvings
+from gradreg.training import Trace, arithmetic, learner, one_thread, run
 from gradreg.rows import load_rows
 
 root = Path(__file__).resolve().parents[1]
@@ -49,15 +49,15 @@ def test_a_watched_run_is_the_same_run():
         for k in METRICS: assert plain[k] == (watched[k] if exact else pytest.approx(watched[k], rel=.05)), (run_of(watched), k)
 
 class StopAfter(Callback):
-    order = runs.Trace.order + 1
+    order = Trace.order + 1
     def __init__(self, n): self.n = n
     def after_batch(self):
         if self.train_iter == self.n: raise CancelFitException
 
 def beginning(r, n):
     "What a watched run has found after n steps."
-    learn = runs._learner(r, None)
-    with runs._one_thread(): learn.fit(1 + n//len(learn.dls.train), r.lr, cbs=StopAfter(n))
+    learn = learner(r)
+    with one_thread(), arithmetic(r, learn): learn.fit(1 + n//len(learn.dls.train), r.lr, cbs=StopAfter(n))
     return learn.trace.found
 
 watched = {f'{name}-{i}': row for name, df in files.items() for i, row in enumerate(df.to_dict('records')) if row.get('trace', 0) > 0 and row['seed'] == 0}

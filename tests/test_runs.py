@@ -1,59 +1,102 @@
-"What a reader of chapter 12_runs need not see: bad values, each field against a loop written by hand, traces"
-import os, random
-from dataclasses import fields, replace
+"What a reader of chapter 12_runs need not see: values of every type and size, grids, settings, a room without torch."
+import math, subprocess, sys
+from dataclasses import asdict, fields, replace
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
-from fastai.callback.core import Callback
-from torch import nn
+from hypothesis import given, strategies as st
 
-from gradreg import callbacks, penalties, runs
-from gradreg.data import image_dls, sin_dls
-from gradreg.models import lenet5, mlp
-from gradreg.runs import Run, grid, run
-from samples import arrays
+from gradreg.runs import (BACKENDS, DATA, NETWORKS, OPTIMIZERS, PRECISIONS, PROBES, REGULARIZERS, TASKS, Run, Settings,
+                          Task, grid, settings)
+from gradreg.training import resolve
 
 DIGITS = Run(data='digits', n_train=50, n_valid=50, bs=25, iters=4)
-SIN = Run(data='sin', model='mlp', n_train=50, n_valid=50, bs=25, iters=4)  # trains in milliseconds
-METRICS = ['test', 'valid', 'train', 'jac_train', 'jac_test', 'jac_between', 'jac_noise', 'weight_norm']
-REGS = ['double_back', 'jac_reg', 'frob_reg', 'spect_reg', 'confidence_penalty']
+NUMBERS = [f.name for f in fields(Run) if type(f.default) in (int, float)]
+WHOLE = [f.name for f in fields(Run) if type(f.default) is int]
 
 
-def metrics(row): return {k: row[k] for k in METRICS}
+def kind(field): return type(getattr(Run, field))
 
 
-@pytest.fixture
-def flat(monkeypatch):
-    "`run` without the slopes, its slowest part here"
-    monkeypatch.setattr(runs, 'jac_norms', lambda model, x: torch.zeros(1))
-
-
-@pytest.fixture
-def learners(monkeypatch):
-    "The Learners that `run` makes, in order"
-    made, original = [], runs._learner
-    def spy(*args):
-        made.append(original(*args))
-        return made[-1]
-    monkeypatch.setattr(runs, '_learner', spy)
-    return made
-
-
-# what a run is
+# values
 
 @pytest.mark.parametrize('field,value', [
-    ('lr', -1e-3), ('lr', float('nan')), ('lr', float('inf')), ('lr', 'fast'), ('lr', None), ('lr', [1e-3]), ('spect_reg', '.03'),
-    ('wd', -1), ('wd', np.array([1, 2])), ('p_drop', float('nan')), ('seed', -1), ('seed', .5), ('seed', float('inf')), ('seed', None),
-    ('iters', 2.5), ('iters', '10'), ('iters', 0), ('bs', 0), ('every', 0), ('every', 1.5), ('n_train', 0), ('n_valid', 0),
-    ('bn', 'yes'), ('bn', 2), ('bn', None), ('data', None), ('data', 3), ('model', 5), ('probe', 1.), ('opt', None)])
+    ('lr', -1e-3), ('lr', float('nan')), ('lr', float('inf')), ('lr', 'fast'), ('lr', None), ('lr', [1e-3]),
+    ('spect_reg', '.03'), ('wd', -1), ('wd', np.array([1, 2])), ('p_drop', math.nan), ('p_drop', 1.), ('p_drop', 50),
+    ('seed', -1), ('seed', .5), ('seed', float('inf')), ('seed', None), ('iters', 2.5), ('iters', '10'), ('iters', 0),
+    ('bs', 0), ('every', 0), ('every', 1.5), ('n_train', 0), ('n_valid', 0), ('bn', 'yes'), ('bn', 2), ('bn', None),
+    ('data', None), ('data', 3), ('model', 5), ('probe', 1.), ('opt', None), ('lr', Decimal('.1')), ('lr', 1j),
+    ('lr', Fraction(1, 3)), ('iters', 10**400), ('lr', 10**400), ('iters', 2**53), ('lr', np.bool_(1)),
+    pytest.param('seed', 10**5000, id='too long to print')])
 def test_bad_values(field, value):
-    with pytest.raises(ValueError, match=rf'^{field}=.*must be'): Run(**{field: value})
+    with pytest.raises(ValueError, match=rf'^{field}=.*must be') as e: Run(**{field: value})
+    assert len(str(e.value)) < 200 and '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('field', NUMBERS)
+def test_true_is_no_number(field):
+    with pytest.raises(ValueError, match=rf'^{field}=True'): Run(**{field: True})
+
+
+anything = st.one_of(st.integers(), st.floats(), st.booleans(), st.none(), st.text(max_size=9), st.decimals(),
+                     st.fractions(),
+                     st.integers(-2**63, 2**63 - 1).map(np.int64), st.integers(0, 255).map(np.uint8),
+                     st.floats(width=32).map(np.float32), st.complex_numbers(), st.just(np.array([1, 2])),
+                     st.sampled_from(range(3)).map([10**400, -10**400, 10**5000].__getitem__),  # too long to print
+                     st.sampled_from([math.nan, math.inf, b'x', (), {}, object()]))
+
+
+@given(st.sampled_from(NUMBERS), anything)
+def test_a_number_is_right_or_refused_by_name(field, value):
+    try: got = getattr(Run(**{field: value} | ({'penalty': 'my_reg:GapReg'} if field == 'strength' else {})), field)
+    except ValueError as e:
+        assert str(e).startswith(f'{field}=') and len(str(e)) < 200 and '\n' not in str(e)
+        return
+    assert type(got) is kind(field) and got == value and not isinstance(value, (bool, np.bool_, str, Decimal))
+    assert math.isfinite(got) and got >= 0
+    assert type(got)(repr(got)) == got  # what a file can hold
+
+
+@given(st.sampled_from(NUMBERS), st.integers(0, 2**53 - 1))
+def test_whole_numbers_of_any_type_are_one_run(field, n):
+    n = n or field in ('n_train', 'n_valid', 'every', 'bs', 'iters')
+    if field == 'p_drop': n = 0
+    same = {Run(**{field: o(n)} | ({'penalty': 'my_reg:GapReg'} if field == 'strength' else {}))
+            for o in (int, float, np.int64, np.float64, Fraction)}
+    assert len(same) == 1
+
+
+@given(st.sampled_from(['data', 'model', 'penalty', 'at', 'probe', 'opt', 'precision']), st.text(max_size=30))
+def test_a_name_is_in_a_table_or_a_path_or_refused(field, text):
+    try: r = Run(**{field: text})
+    except ValueError as e:
+        assert str(e).startswith(f'{field}=') and 'choose' in str(e)
+        return
+    tables = dict(model=NETWORKS, probe=PROBES, opt=OPTIMIZERS, precision=PRECISIONS)
+    assert getattr(r, field) == text and text.isascii() and text.isprintable() and not set('/\\"\'<>$') & set(text)
+    assert field not in tables or text in tables[field] or field == 'model' and ':' in text
+
+
+@pytest.mark.parametrize('field,value', [
+    ('opt', 'lion'), ('opt', 'my:Lion'), ('probe', 'cauchy'), ('model', 'vgg'), ('model', 'my.nets'),
+    ('model', 'a:b:c'), ('model', ':small'), ('model', '../nets:small'), ('penalty', 'GapReg'), ('precision', 'fp16'),
+    ('data', ''), ('data', '.x'), ('data', 'a/b'), ('data', 'a\nb'), ('at', 'a b'), ('at', '0;1')])
+def test_bad_names(field, value):
+    with pytest.raises(ValueError, match=rf'^{field}=.*choose'): Run(**{field: value})
+
+
+def test_names_of_ones_own():
+    r = Run(data='my_data:loaders', model='pkg.nets:small', penalty='my_reg:GapReg', strength=.1, at='0.encoder.1')
+    assert (r.model, r.penalty, r.strength) == ('pkg.nets:small', 'my_reg:GapReg', .1)
+    assert Run(data='tiny_imagenet').data == 'tiny_imagenet' and Run(penalty='my_reg:GapReg').strength == 0
+    with pytest.raises(ValueError, match=r"^strength=0\.1: needs penalty"): Run(strength=.1)
 
 
 def test_values_are_cast():
-    a = Run(spect_reg=1, lr=np.float32(.5), iters=np.int64(7), n_train=100., bn=np.bool_(True), seed=np.uint8(3), data=np.str_('sin'), wd=-0.)
+    a = Run(spect_reg=1, lr=np.float32(.5), iters=np.int64(7), n_train=100., bn=np.bool_(True), seed=np.uint8(3),
+            data=np.str_('sin'), wd=-0.)
     for f in fields(Run): assert type(getattr(a, f.name)) is type(f.default), f.name
     assert (a.spect_reg, a.lr, a.iters, a.n_train, a.bn, a.seed, a.data) == (1., .5, 7, 100, True, 3, 'sin')
     assert str(a.wd) == '0.0'
@@ -61,6 +104,11 @@ def test_values_are_cast():
     assert a == b and hash(a) == hash(b) and len({a, b, replace(a, seed=4)}) == 2
     with pytest.raises(AttributeError): a.lr = 1
     with pytest.raises(TypeError): Run(lamda=1)
+
+
+def test_new_fields_are_what_old_rows_were():
+    old = dict(penalty='', strength=0., at='', precision='float32')
+    assert {k: v for k, v in asdict(Run()).items() if k in old} == old
 
 
 def test_grid():
@@ -73,195 +121,62 @@ def test_grid():
     with pytest.raises(ValueError, match='^wd=-1'): grid(DIGITS, wd=[0, -1])
 
 
-# one run
+# tables of entries
 
-def by_hand(r, dls, model, loss_func, coupled=True, biases=False):
-    "`r` trained by a bare loop: both optimizers from their definition, no torch.optim and no fastai"
-    ps = list(model.parameters())
-    m, v, lrs, t = [torch.zeros_like(p) for p in ps], [torch.zeros_like(p) for p in ps], [], 0
-    while t < r.iters:
-        for x, y in dls.train:
-            if t == r.iters: break
-            lrs.append(r.lr*(1 if t < r.iters/2 else .1 if t < .75*r.iters else .01))
-            lr, t, grads = lrs[-1], t+1, torch.autograd.grad(loss_func(model(x), y), ps)
-            with torch.no_grad():
-                for i, (p, g) in enumerate(zip(ps, grads)):
-                    decay = r.wd*p if p.ndim > 1 or biases else torch.zeros_like(p)
-                    if coupled: g = g + decay
-                    else: p -= lr*decay
-                    if r.opt == 'sgd':
-                        m[i] = .9*m[i] + g
-                        p -= lr*(g + .9*m[i])
-                    else:
-                        m[i], v[i] = .9*m[i] + .1*g, .999*v[i] + .001*g*g
-                        p -= lr*(m[i]/(1 - .9**t))/((v[i]/(1 - .999**t)).sqrt() + 1e-8)
-    return model, lrs
+def test_every_entry_leads_somewhere():
+    tasks = [o for t in TASKS.values() for o in (t.loss, t.score, *t.beside)]
+    for table in REGULARIZERS, NETWORKS, DATA, OPTIMIZERS, PROBES, BACKENDS:
+        tasks += table.values()
+    for path in tasks: assert callable(resolve(path)), path
 
 
-def case(r):
-    torch.manual_seed(r.seed)
-    if r.data == 'sin':
-        return sin_dls(n=50, n_valid=50, seed=r.seed, bs=25), mlp((1, 64, 64, 64, 64, 64, 1)), lambda p, y: ((p - y)**2).sum()/2
-    return image_dls('digits', 5, n_valid=50, seed=r.seed, bs=25), lenet5(10), F.cross_entropy
+def test_the_fields_of_strength_are_the_classes():
+    "Each penalty of the package has its field, and what a class takes of a Run is a field of Run"
+    from gradreg import callbacks
+    found = {cls for cls in vars(callbacks).values() if isinstance(cls, type) and issubclass(cls, callbacks.GradReg)
+             and cls is not callbacks.GradReg and cls.__module__ == 'gradreg.callbacks'}
+    assert {resolve(path) for path in REGULARIZERS.values()} == found
+    strengths = [f.name for f in fields(Run) if f.name in REGULARIZERS]
+    assert strengths == list(REGULARIZERS) and all(getattr(Run, k) == 0 for k in strengths)
+    for name, path in REGULARIZERS.items():
+        cls = resolve(path)
+        assert cls(0.).name == name and set(cls.takes) <= {f.name for f in fields(Run)}
+        assert isinstance(cls.passes(10), int) and cls.passes(10) >= 0
 
 
-def distance(a, b): return max((p - q).abs().max().item() for p, q in zip(a.parameters(), b.parameters()))
+def test_tasks():
+    assert [k for k, t in TASKS.items() if t.more] == ['classification']
+    assert isinstance(TASKS['sin'], Task) and TASKS['sin'].loss != TASKS['regression'].loss
 
 
-@pytest.mark.parametrize('r', [replace(SIN, wd=.3, lr=3e-3, iters=9, seed=2), replace(SIN, wd=.3, lr=1e-3, iters=9, opt='sgd'),
-                               replace(DIGITS, wd=.3, lr=3e-3, iters=8, seed=1)], ids=['sin-adam', 'sin-sgd', 'digits-adam'])
-def test_same_as_by_hand(r, learners):
-    row = run(r)
-    theirs, lrs = by_hand(r, *case(r))
-    assert np.allclose(lrs, [r.lr*f for f in [1]*-(-r.iters//2) + [.1]*(-(-3*r.iters//4) - -(-r.iters//2)) + [.01]*(r.iters - -(-3*r.iters//4))])
-    assert distance(learners[0].model, theirs) < 2e-5
-    # and the bounds tell: none of these is L2 on weights only, by three learning rates
-    assert distance(learners[0].model, by_hand(r, *case(r), coupled=False)[0]) > 2e-4
-    assert distance(learners[0].model, by_hand(r, *case(r), biases=True)[0]) > 2e-4
-    assert distance(learners[0].model, by_hand(replace(r, iters=r.iters - 1), *case(r))[0]) > 2e-5
-    dls, model = case(r)[0], theirs.eval()
-    for name, dl in zip(('train', 'valid', 'test'), dls):
-        with torch.no_grad(): pred, y = model(dl.dataset.x), dl.dataset.y
-        expected = (pred - y).square().mean() if r.data == 'sin' else (pred.argmax(1) == y).float().mean()
-        assert row[name] == pytest.approx(expected.item(), rel=1e-3)
-    assert row['weight_norm'] == pytest.approx(sum(p.square().sum().item() for p in theirs.parameters() if p.ndim > 1), rel=1e-5)
-    x = dls.train.dataset.x[:50].clone().requires_grad_()
-    J = torch.autograd.functional.jacobian(lambda x: model(x).sum(0), x)  # the sum over the batch takes the examples apart
-    assert row['jac_train'] == pytest.approx(J.transpose(0, 1).flatten(1).norm(dim=1).mean().item(), rel=1e-4)
+@pytest.mark.parametrize('module', ['gradreg.runs', 'gradreg.rows'])
+def test_no_torch(module):
+    slow = {'torch', 'fastai', 'fastcore', 'sklearn'}
+    code = f"import sys, {module}; print({slow} & {{k.split('.')[0] for k in sys.modules}})"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout.strip() == 'set()', done.stdout + done.stderr
 
 
-def test_deterministic(learners):
-    r = replace(DIGITS, spect_reg=.1, p_drop=.5, seed=5)
-    torch.manual_seed(99)
-    first, threads = run(r), torch.get_num_threads()
-    torch.rand(7), np.random.rand(3), random.random()
-    torch.set_num_threads(2)
-    try:
-        assert metrics(run(r)) == metrics(first) and torch.get_num_threads() == 2
-        with pytest.raises(ValueError): run(replace(r, n_train=55))
-        assert torch.get_num_threads() == 2  # after an error too
-    finally: torch.set_num_threads(threads)
-    assert distance(learners[0].model, learners[1].model) == 0
-    assert metrics(run(replace(r, seed=6))) != metrics(first)
-    assert len(learners[0].dls.train) == 2 and learners[0].opt.hypers[0]['lr'] == pytest.approx(1e-5)
-    assert set(first) >= {f.name for f in fields(Run)} | {'seconds', 'peak_mb', 'device', 'threads', 'python', 'torch', 'fastai', 'commit', 'spect_reg_end'}
-    assert first['threads'] == 1 and first['torch'] == torch.__version__ and first['seconds'] > 0 and first['peak_mb'] > 50
+# what the environment says
+
+@pytest.fixture
+def env(monkeypatch):
+    for f in fields(Settings): monkeypatch.delenv(f'GRADREG_{f.name.upper()}', raising=False)
+    return lambda **kwargs: [monkeypatch.setenv(f'GRADREG_{k}', v) for k, v in kwargs.items()]
 
 
-@pytest.mark.parametrize('field', REGS)
-def test_regularizer_field(field, learners, flat):
-    r = replace(DIGITS, **{field: .25}, every=2, probe='rademacher', iters=3)
-    row = run(r)
-    cb, = [o for o in learners[0].cbs if isinstance(o, callbacks.GradReg)]
-    assert type(cb).__name__.lower() == field.replace('_', '') and (cb.lam, cb.every) == (.25, 2)
-    assert len(cb.penalties) == 2 and row[f'{field}_end'] == pytest.approx(np.mean(cb.penalties))
-    if field == 'spect_reg': assert cb.probe is penalties.rademacher
-    run(replace(r, **{field: 0}))
-    assert not [o for o in learners[1].cbs if isinstance(o, callbacks.GradReg)]
-    assert distance(learners[0].model, learners[1].model) > 1e-5
+def test_settings(env):
+    assert settings() == Settings()
+    env(JOBS='2', BACKEND='ray', DEVICE='cuda:1', SEEDS='10', SMOKE='1', COMMIT='abc1234')
+    assert settings() == Settings(2, 'ray', 'cuda:1', 10, True, 'abc1234')
+    env(JOBS='0', BACKEND='', SMOKE='0')
+    assert settings() == Settings(0, None, 'cuda:1', 10, False, 'abc1234')
 
 
-def test_regularizers_combine(learners, flat):
-    row = run(replace(SIN, spect_reg=.01, double_back=.02, iters=3))
-    assert {(type(o).__name__, o.lam) for o in learners[0].cbs if isinstance(o, callbacks.GradReg)} == {('SpectReg', .01), ('DoubleBack', .02)}
-    assert row['spect_reg_end'] > 0 and row['double_back_end'] > 0
-
-
-def test_dropout_and_batchnorm(learners, flat):
-    run(replace(DIGITS, p_drop=.25, iters=1))
-    run(replace(DIGITS, bn=True, iters=1))
-    kinds = [{type(m): m for m in o.model.modules()} for o in learners]
-    assert kinds[0][nn.Dropout].p == .25 and nn.BatchNorm1d not in kinds[0]
-    assert nn.BatchNorm1d in kinds[1] and nn.Dropout not in kinds[1]
-
-
-@pytest.mark.parametrize('kwargs,words', [
-    (dict(n_train=55), 'n_train=55.*10 classes'), (dict(model='vgg'), "model='vgg'.*lenet5"), (dict(model='mlp'), "model='mlp'"),
-    (dict(opt='lion'), "opt='lion'.*adam or sgd"), (dict(probe='cauchy', spect_reg=1), "probe='cauchy'.*gaussian"),
-    (dict(data='nothing'), 'nothing'), (dict(bs=51), 'bs=51'), (dict(data='sin'), "model='lenet5' on sin"),
-    (dict(data='sin', model='mlp', bn=True), 'bn=True'), (dict(model='resnet18', p_drop=.5), 'p_drop=0.5')])
-def test_what_cannot_work_says_why(kwargs, words):
-    with pytest.raises(ValueError, match=words): run(replace(DIGITS, **kwargs))
-
-
-def test_without_git(monkeypatch):
-    monkeypatch.setenv('PATH', '')
-    runs._commit.cache_clear()
-    try: assert run(replace(SIN, iters=1))['commit'] == ''
-    finally: runs._commit.cache_clear()
-
-
-def test_shared_probe():
-    one, all_ = run(replace(SIN, spect_reg=.1)), run(replace(SIN, spect_reg=.1, shared_probe=True))
-    assert one['weight_norm'] != all_['weight_norm']  # one logit only: the two draw other numbers
-
-
-def test_trace_changes_nothing():
-    plain, traced = run(replace(DIGITS, spect_reg=.1, iters=8)), run(replace(DIGITS, spect_reg=.1, iters=8, trace=4))
-    assert metrics(plain) == metrics(traced)
-    assert {f'jac_{k}@{s}' for k in ('train', 'test', 'between', 'noise') for s in (0, 1, 2, 4, 8)} < set(traced)
-    assert traced['jac_train@8'] == traced['jac_train'] and traced['valid@8'] == traced['valid'] and not any('@' in k for k in plain)
-
-
-def test_a_trained_learner_predicts():
-    learn = runs.train(DIGITS)
-    pred,y = learn.get_preds(dl=learn.dls.test)
-    test = learn.dls.test.dataset
-    torch.testing.assert_close(pred.float(), learn.model(test.x).detach().cpu(), rtol=1e-4, atol=1e-5)
-    assert torch.equal(y, test.y.cpu())
-
-
-def test_only_weights_get_a_gradient():
-    seen = []
-    class Look(Callback):
-        def after_backward(self): seen.append((self.xb[0].requires_grad, self.xb[0].grad, [p.grad for p in self.model.parameters()]))
-    runs._learner(replace(DIGITS, spect_reg=.1, iters=1), None).fit(1, cbs=Look())
-    (required, of_x, of_weights), = seen
-    assert required and of_x is None and all(g is not None for g in of_weights)
-
-
-def test_the_commit_is_that_of_the_package(monkeypatch, tmp_path):
-    runs._commit.cache_clear()
-    here = runs._commit()
-    runs._commit.cache_clear()
-    monkeypatch.chdir(tmp_path)  # no repository, or somebody else's
-    assert runs._commit() == here
-
-
-def test_half_sum_loss_does_not_broadcast():
-    with pytest.raises(ValueError, match=r'\(4, 1\) and targets \(4,\)'): runs.HalfSumLoss()(torch.zeros(4, 1), torch.ones(4))
-    assert runs.HalfSumLoss()(torch.zeros(4, 1), torch.ones(4, 1)) == 2
-
-
-@pytest.mark.parametrize('name', ['jac_reg', 'confidence_penalty'])
-def test_penalties_of_probabilities_refuse_one_output(name):
-    with pytest.raises(ValueError, match=r'outputs of shape \(25, 1\).*two classes'): run(replace(SIN, **{name: 1.}))
-
-
-def test_without_the_resource_module(monkeypatch, flat):  # Windows
-    monkeypatch.setattr(runs, 'resource', None)
-    assert np.isnan(run(SIN)['peak_mb']) or torch.cuda.is_available()
-
-
-def test_mps_gives_way_to_the_cpu(monkeypatch, learners):
-    monkeypatch.setattr(runs, 'default_device', lambda: torch.device('mps'))
-    run(SIN)
-    assert learners[0].dls.device.type == 'cpu'
-
-
-def test_data_are_read_once_and_again_when_the_file_is_another(monkeypatch, tmp_path):
-    monkeypatch.setenv('GRADREG_DATA', str(tmp_path))
-    def write(seed): np.savez(tmp_path/'mine.npz', **arrays(seed=seed))
-    write(0)
-    first = runs._arrays('mine')
-    assert runs._arrays('mine') is first
-    write(1)
-    os.utime(tmp_path/'mine.npz', (1, 1))
-    np.testing.assert_array_equal(runs._arrays('mine').x_train, arrays(seed=1)['x_train'])
-    (tmp_path/'other').mkdir()
-    (tmp_path/'mine.npz').rename(tmp_path/'other'/'mine.npz')
-    monkeypatch.setenv('GRADREG_DATA', str(tmp_path/'other'))
-    second = runs._arrays('mine')
-    np.testing.assert_array_equal(second.x_train, arrays(seed=1)['x_train'])
-    assert runs._arrays('digits').x_train.shape == (797, 28, 28)  # no file at all
-    assert runs._arrays('digits') is runs._arrays('digits')
+@pytest.mark.parametrize('name,value', [
+    ('JOBS', 'all'), ('JOBS', '-1'), ('JOBS', '1.5'), ('JOBS', '9'*5000), ('JOBS', '²'), ('SEEDS', '0'),
+    ('SEEDS', 'inf'), ('BACKEND', 'dask'), ('SMOKE', 'maybe')])
+def test_wrong_settings(env, name, value):
+    env(**{name: value})
+    with pytest.raises(ValueError, match=f'^GRADREG_{name}=') as e: settings()
+    assert len(str(e.value)) < 200
