@@ -31,23 +31,19 @@ def show(
     print('\n\n'.join(texts(read_cells(path))) or empty)
 
 # %% ../nbs/23_cli.ipynb #ec929619
-def _filled(text, indent=''): return textwrap.fill(harmless(text), 92, subsequent_indent=indent)
-
 def show_claims(
     results:str=None # folder of the result files; GRADREG_RESULTS or the repository's own if not given
 ):
     "Show what holds of the paper: the tally, then each claim with its verdict and our effect."
-    from gradreg.claims import all_claims, headlines, told # here: slow to import
+    from gradreg.claims import Verdicts, all_claims, headlines # here: slow to import
     given = results or os.environ.get('GRADREG_RESULTS')
     folder = expanded(given) if given else next(iter(studies().values())).parent/'results'
     if (found := all_claims(folder)).empty: raise ValueError(f'{folder}: no claims there; `gradreg run STUDY` writes them')
     tally = ', '.join(f'{n} {verdict}' for verdict,n in found.verdict.value_counts().items())
-    print(f'{len(found)} claims: {tally}', *map(_filled, headlines(found)), sep='\n\n')
+    said = [f'{len(found)} claims: {tally}', *headlines(found)]
+    print('\n\n'.join(harmless(textwrap.fill(o, 92)) for o in said))
     for study,part in found.groupby('study', sort=False):
-        print(f'\n{harmless(study)}')
-        for o in part.itertuples():
-            effect = ': '.join(filter(None, [o.claim, told(o)]))
-            print(_filled(f'{o.verdict:13} {effect} (n = {o.n:g})', ' '*14))
+        print('', harmless(study), harmless(repr(Verdicts(part))), sep='\n')
 
 # %% ../nbs/23_cli.ipynb #c35d40ae
 def _part(name, x, y, n_classes):

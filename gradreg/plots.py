@@ -6,7 +6,7 @@
 __all__ = ['COLORS', 'POINTS', 'set_style', 'method_colors', 'plot_groups', 'plot_curves', 'plot_slopes']
 
 # %% ../nbs/21_plots.ipynb #75be590c
-import itertools
+import itertools, re
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -27,10 +27,9 @@ def method_colors(
     names # of groups, with methods among them or not
 )->dict|None: # colour by name; None where no method is among them
     "The colours of methods, and others for what stands beside them."
-    names = list(dict.fromkeys(names))
-    if not {*names} & {*COLORS}: return None
     spare = itertools.cycle(sns.color_palette('dark').as_hex())
-    return {o: COLORS.get(o) or next(spare) for o in names}
+    known = {o: COLORS.get(o) or COLORS.get(re.split(r',| \d', str(o))[0]) for o in names} # 'dropout, wd 0' is dropout
+    return {o: known[o] or next(spare) for o in names} if any(known.values()) else None
 
 # %% ../nbs/21_plots.ipynb #0744f6b0
 def plot_groups(
