@@ -6,7 +6,7 @@
 __all__ = ['DONE', 'write_rows', 'load_rows', 'locked', 'append_row', 'check_writable', 'studies_folder', 'results']
 
 # %% ../nbs/07_rows.ipynb #ba586ee6
-import os, platform, re, shutil, sys, tempfile, warnings
+import os, platform, re, shutil, sys, tempfile, warnings, zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
 import pandas as pd
@@ -51,14 +51,15 @@ def _is_header(cells, names):
     with suppress(ValueError): return bool(_names(cells))
 
 # %% ../nbs/07_rows.ipynb #ac35aff1
-def _lines(rows):
-    "Rows, as dicts of cells by column, as the text of a file."
-    names = list(dict.fromkeys(k for o in rows for k in o))
-    lines = [[o.get(k, '') for k in names] for o in rows]
+def _lines(rows, **more):
+    "Rows, as dicts of cells by column, as the text of a file; with `more` cells at the end of each."
+    names = [*dict.fromkeys(k for o in rows for k in o), *more]
+    if not names: return ''
+    lines = [[{**o, **more}.get(k, '') for k in names] for o in rows]
     if any(_is_header(o, names) for o in lines): raise ValueError(f'a row repeats the names of its columns: {names}')
     header = [_cell('the name of a column', k) for k in names]
-    if names: _names(header)
-    return ''.join(f"{','.join(o) or 'nan'}\n" for o in (header, *lines)) if names else ''
+    _names(header)
+    return ''.join(f"{','.join(o) or 'nan'}\n" for o in (header, *lines))
 
 def _put(path, text):
     with whole_file(path, 'w', encoding='utf-8', newline='') as f: f.write(text)
@@ -82,17 +83,35 @@ def _split(line):
     if ','.join(cells) != line: raise ValueError('a quote that stands alone')
     return cells
 
-# %% ../nbs/07_rows.ipynb #7598e5b9
+# %% ../nbs/07_rows.ipynb #f4b163a0
+_columns = 'columns'  # the last column of a file of runs
+
+def _mark(names): return f'c{zlib.crc32(",".join(names).encode()):08x}'
+
+def _row(cells, names, marks):
+    "A line as a dict of cells by column: under the header whose mark it has or, without marks, the last one above it."
+    names = marks.get(_unquoted(cells[-1]), names)
+    if len(cells) != len(names): raise ValueError(f'{len(cells)} cells under {len(names)} names')
+    row = dict(zip(names, cells))
+    if names[-1] == _columns and (mark := _unquoted(row.pop(_columns))) not in ('', _mark(row)):
+        raise ValueError(f'its header, {mark}, is not there: mend the names, or take out the column `{_columns}`')
+    return row
+
+# %% ../nbs/07_rows.ipynb #967fb64a
+def _at_line(n, f, *args):
+    try: return f(*args)
+    except ValueError as e: raise ValueError(f'line {n}: {e}') from None
+
 def _rows(lines):
-    "The row, as a dict of cells by column, of each line that is neither empty nor a header."
-    names = None
+    "The rows, as dicts of cells by column, of the lines that are neither empty nor a header."
+    names,rows,marks = None,[],{}
     for n,line in enumerate(lines, 1):
-        try:
-            if not (cells := _split(line.removesuffix('\r'))) or cells == ['']: continue
-            if names is None or _is_header(cells, names): names = _names(cells)
-            elif len(cells) == len(names): yield dict(zip(names, cells))
-            else: raise ValueError(f'{len(cells)} cells under {len(names)} names')
-        except ValueError as e: raise ValueError(f'line {n}: {e}') from None
+        if (cells := _at_line(n, _split, line.removesuffix('\r'))) == ['']: continue
+        if names and not _is_header(cells, names): rows.append((n, cells, names))
+        else:
+            names = _at_line(n, _names, cells)
+            if names[-1] == _columns: marks[_mark(names[:-1])] = names
+    return [_at_line(n, _row, cells, names, marks) for n,cells,names in rows]
 
 # %% ../nbs/07_rows.ipynb #0671495a
 def _expanded(path):
@@ -117,7 +136,7 @@ def _content(data):
     "The rows that the bytes of a file hold, as dicts of cells, and the bytes after the last line end."
     whole,_,torn = data.rpartition(b'\n')
     if b'\r' in torn[:-1]: raise ValueError('the lines must end in line feeds, not in carriage returns')
-    rows = [*_rows(_decoded(whole).split('\n'))]
+    rows = _rows(_decoded(whole).split('\n'))
     if len({tuple(o) for o in rows}) < 2: return rows,torn
     return [*{frozenset((k, v) for k,v in o.items() if v): o for o in rows}.values()],torn
 
@@ -225,6 +244,11 @@ def locked(
         lock.release()
 
 # %% ../nbs/07_rows.ipynb #71a7eaf5
+def _marked(rows):
+    names = dict.fromkeys(k for o in rows for k in o)
+    if _columns in names: raise ValueError(f'`{_columns}` is a name that result files have for themselves')
+    return _lines(rows, **{_columns: f'"{_mark(names)}"'})
+
 def _gives_way(cells): return ': ' in _status(cells)  # ValueError: no such file
 
 def _append_bytes(path, data, like):
@@ -262,7 +286,7 @@ def _append(path, row, key):
     if any(_status(o) in DONE for o in same): return
     if torn: _set_aside(path, torn)
     gone = [o for o in same if _gives_way(o)]
-    _put(path, _lines([*(o for o in rows if o not in gone), new]))
+    _put(path, _marked([*(o for o in rows if o not in gone), new]))
 
 # %% ../nbs/07_rows.ipynb #28f796f9
 def _failure(e, what): return (OSError if isinstance(e, OSError) else ValueError)(f'{e}; {what}')
