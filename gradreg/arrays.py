@@ -147,6 +147,7 @@ def _archive(path):
             said = int.from_bytes(z.fp.read(2), 'little')
             n = len(z.filelist)
             if said not in (n % 2**16, 2**16 - 1): raise ValueError(f'{n} of {said} members')
+            for o in z.filelist: z.open(o).close() # an error where a member is not called what the directory says
             yield z
     except Exception as e: # a damaged archive raises anything from zlib.error to SyntaxError
         raise ValueError(f'{path} cannot be read ({shown(str(e) or type(e).__name__, 200)}): replace it, '

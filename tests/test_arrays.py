@@ -511,6 +511,16 @@ def test_members_that_a_damaged_directory_hides(given):
     with pytest.raises(ValueError, match='2 of 4 members'): load_arrays('mine')
 
 
+@pytest.mark.parametrize('member', [f'{TINY}/train/n03/images/n03_2.JPEG', f'{TINY}/train/n03/n03_boxes.txt'])
+def test_members_that_a_damaged_directory_renames(member, given):
+    "An image that no longer matches the pattern would be missed by nobody"
+    b = write_zip(given/f'{TINY}.zip', tiny_members()).read_bytes()
+    i = b.rindex(member.encode())
+    (given/f'{TINY}.zip').write_bytes(b[:i] + member.replace('n03', 'm03').encode() + b[i+len(member):])
+    with pytest.raises(ValueError, match='File name in directory .*m03.* and header .*n03.* differ'):
+        load_arrays('tiny_imagenet')
+
+
 @pytest.mark.parametrize('n', [65535, 65537])
 def test_archives_of_any_number_of_members(n, given):
     b = io.BytesIO(npz_bytes(**good))
