@@ -264,7 +264,8 @@ def test_spectral_norm_reg_starts_where_it_is_told():
     net, x = make('mlp', 5)
     y, state = net(x), torch.get_rng_state()
     u = torch.randn(4, 5, dtype=F64, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(spectral_norm_reg(y, x, u), spectral_norm_reg(y, x, u)) and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(spectral_norm_reg(y, x, u), spectral_norm_reg(y, x, u))
+    assert torch.equal(torch.get_rng_state(), state)
     first = vmap(torch.dot)(u, u)[:, None]**-.5*u
     by_hand = sq_norm(torch.einsum('ncd,nc->nd', witness(net, x), first))
     assert_close(spectral_norm_reg(y, x, u, max_iter=1), by_hand)
