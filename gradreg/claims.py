@@ -223,6 +223,7 @@ def _line(o):
     text = ': '.join(filter(None, [o.claim, o.effect]))
     return textwrap.fill(f'{o.verdict:13} {text} (n = {o.n:g})', 92, subsequent_indent=' '*14)
 
+# %% ../nbs/09_claims.ipynb #48c314c5
 def conclude(
     study:str,  # its name
     claims:list # of what `claim` returns
