@@ -246,7 +246,7 @@ def locked(
 # %% ../nbs/07_rows.ipynb #71a7eaf5
 def _marked(rows):
     names = dict.fromkeys(k for o in rows for k in o)
-    if _columns in names: raise ValueError(f'`{_columns}` is a name that result files have for themselves')
+    if _columns in names: raise ValueError(f'`{_columns}` is a name that result files have for themselves: take it out')
     return _lines(rows, **{_columns: f'"{_mark(names)}"'})
 
 def _gives_way(cells): return ': ' in _status(cells)  # ValueError: no such file
