@@ -138,11 +138,11 @@ def step(self:CudaGraph, graph, forward):
     "Train on the inputs of `graph`, and keep what the step leaves: the loss, and what callbacks have recorded."
     self.learn.xb,self.learn.yb = map(tuple, graph.inputs)
     if forward: self.model.forward = forward
-    records = [cb.record for cb in self.learn.cbs if isinstance(cb, Recorded)]
-    before = [len(r.unread) for r in records]
+    watches = [cb for cb in self.learn.cbs if isinstance(cb, Recorded)]
+    before = [len(cb.unread) for cb in watches]
     with graph.numbers.inside(): self.learn._do_one_batch()
     graph.loss = self.learn.loss
-    graph.values = [(r, r.unread.pop()) for r, n in zip(records, before) if len(r.unread) > n]
+    graph.values = [(cb, cb.unread.pop()) for cb, n in zip(watches, before) if len(cb.unread) > n]
 
 @patch
 def replay(self:CudaGraph, graph):
@@ -151,7 +151,7 @@ def replay(self:CudaGraph, graph):
     graph.numbers.update()
     graph.replay()
     self.learn.pred,self.learn.loss = None,graph.loss.clone()
-    for record, value in graph.values: record.add(value.clone())
+    for cb, value in graph.values: cb.record(value.clone())
 
 # %% ../nbs/16_capture.ipynb #a020739e
 _WITHIN = 'after_pred after_loss before_backward after_backward before_step after_step'.split()

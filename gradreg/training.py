@@ -25,7 +25,7 @@ from torch import nn
 from .callbacks import GradReg
 from .data import image_loaders
 from .measures import between, jac_norms, noise_like
-from .penalties import one_direction
+from .penalties import global_generator, one_direction
 from .runs import (DATA, NETWORKS, OPTIMIZERS, PROBES, REGULARIZERS, TASKS, Run, Task, halvings,
                           settings)
 try: import resource
@@ -85,15 +85,11 @@ def task_of(
     return _ask(r) if r.data in DATA or ':' in r.data else TASKS['classification']
 
 # %% ../nbs/13_training.ipynb #8cac60b6
-def _world(device): # torch's global generator there
-    if device.type == 'cpu': return torch.default_generator
-    return torch.get_device_module(device).default_generators[device.index or 0]
-
 def _penalty(cls, lam, r, device):
     if not (isinstance(cls, type) and issubclass(cls, GradReg)): raise ValueError(f"{cls} is no subclass of GradReg")
     probe,arguments = resolve(PROBES[r.probe]),signature(cls).parameters
     probe = one_direction(probe) if r.shared_probe else probe
-    own = dict(probe=probe, generator=_world(device)) if 'probe' in cls.takes else {}
+    own = dict(probe=probe, generator=global_generator(device)) if 'probe' in cls.takes else {}
     if r.at and 'at' not in arguments: raise ValueError(f"at={r.at!r}: {cls.__name__} is not taken in a layer")
     return cls(lam, every=r.every, **own, **({'at': r.at} if r.at else {}))
 

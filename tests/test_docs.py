@@ -26,6 +26,12 @@ def test_code_of_a_page_runs(path, tmp_path, monkeypatch):
     for code in blocks(path):
         if not is_script(code): exec(compile(code, str(path), 'exec'), names)
 
+def test_the_diff_of_the_guide_is_its_loop():
+    guide = read(docs/'training.md')
+    diff, = re.findall(r'^```diff\n(.*?)^```$', guide, re.M | re.S)
+    after = ''.join(line[1:] + '\n' for line in diff.splitlines() if line[0] != '-')
+    assert after in blocks(docs/'training.md')[0]
+
 scripts = [pytest.param(code, id=is_script(code)[1]) for p in pages for code in blocks(p) if is_script(code)]
 
 @pytest.mark.parametrize('code', scripts)
