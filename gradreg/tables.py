@@ -54,10 +54,10 @@ def compare(
     baseline,        # its value in the group that the others are compared with
     metric='test'    # column to compare
 )->pd.DataFrame: # as `summarize`, and of the differences: pairs (seeds that both have), diff, diff_ci95, p (two-sided)
-    "Each group beside the baseline, paired over the seeds that both have."
+    "Each group beside the baseline, paired over the seeds that both have; an empty table of no rows."
     need_columns(df, 'seed', by, metric)
     wide = df.pivot_table(index='seed', columns=by, values=metric, sort=False)
-    if baseline not in wide: raise ValueError(f"no rows with {by}={baseline!r}: there are {list(wide)}")
+    if len(df) and baseline not in wide: raise ValueError(f"no rows with {by}={baseline!r}: there are {list(wide)}")
     rows = {o: _paired((wide[o] - wide[baseline]).dropna()) for o in wide if o != baseline}
     diffs = pd.DataFrame.from_dict(rows, orient='index', columns=['pairs', 'diff', 'diff_ci95', 'p'])
     return summarize(df, by, metric).join(diffs.astype({'pairs': 'Int64'}))  # whole also beside the baseline's blank

@@ -489,7 +489,7 @@ def test_progress(path, capfd):
 
 
 def test_cost():
-    cost = lambda **kwargs: study._cost(Run(**{'iters': 100, **kwargs}))
+    cost = lambda **kwargs: study.cost(Run(**{'iters': 100, **kwargs}))
     assert cost() == 100 == cost(wd=1, p_drop=.5) and cost(iters=200) == 200
     assert cost() < cost(spect_reg=1) < cost(spect_reg=1, double_back=1) < cost(frob_reg=1)
     assert cost(spect_reg=1, every=4) < cost(spect_reg=1) and cost(confidence_penalty=1) == cost()
