@@ -188,16 +188,17 @@ def headlines(
     claims:pd.DataFrame # what `all_claims` returns
 )->list: # of sentences
     "Does it help, which one, how much, how sure, and where does the paper not hold?"
+    claims = claims[claims.n > 0]
     helps,against = claims[claims.claim.str.contains('raises accuracy')],claims[claims.verdict == 'contradicted']
     gain,run = helps[helps.verdict == 'confirmed'].effect,claims[claims.n >= _few]
     worst = against.loc[(against.effect.abs()/against.ci95).sort_values().index[::-1]]
-    return [f'Does it help? Of {len(helps)} claims that a regularizer raises accuracy: {_count(helps)}.',
+    return [f'Does it help? Of {len(helps)} tested claims that a regularizer raises accuracy: {_count(helps)}.',
             f"Which one? {_best(claims, 'DoubleBack beats SpectReg')}.",
             f'How much? The confirmed gains run from {gain.min():+.2f} to {gain.max():+.2f} points of accuracy; '
             f"{_best(claims, 'SpectReg raises accuracy with weight decay')}.",
             f'How sure? Each effect is a mean over {run.n.min():.0f} to {run.n.max():.0f} pairs of runs that share '
             'their seed; ± is half of its 95 % interval.',
-            f'Where does the paper not hold? {len(against)} of {len(claims)} claims are contradicted, most clearly: '
+            f'Where does the paper not hold? {len(against)} of {len(claims)} tested claims are contradicted, most clearly: '
             + '; '.join(f'{o.claim} ({told(o)})' for o in worst[:3].itertuples()) + '.']
 
 # %% ../nbs/09_claims.ipynb #b597e5bb

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import median
 import pandas as pd
-from .rows import DONE, load_rows, results, studies_folder
+from .rows import DONE, results, studies_folder
 import torch
 from .runs import Run, grid, settings
 from .study import choose, cost, readable, run_all
