@@ -373,6 +373,15 @@ def test_batch_transforms_see_pixels_and_train_alone(tfms):
     plt.close('all')
 
 
+def test_what_a_transform_makes_too_bright_is_shown_white():
+    dls = dimmed()
+    x = torch.full((1, 3, 8, 6), 1e4)
+    dls.train.show_batch((torch.cat([x, -x]), torch.tensor([0, 1])))
+    shown = [np.asarray(ax.images[0].get_array()) for ax in plt.gcf().axes]
+    assert (shown[0] == 255).all() and (shown[1] == 0).all()
+    plt.close('all')
+
+
 @pytest.mark.parametrize('way', ['of the loaders', 'of the call'])
 def test_tta(way):
     dls, plain, dark = dimmed(batch_tfms=[Dim(p=1.)]), dimmed(), {}
@@ -419,11 +428,12 @@ def test_transforms_are_for_images():
     (r'\$\$', r'\\$\\$'), ('a\nb', r'a\nb'), ('K\u00e4se', 'K\u00e4se')])
 def test_names_of_classes_are_no_markup(name, title):
     d = {**arrays(n_classes=2), 'classes': np.array([name, 'b'])}
-    axs = list(plt.subplots(3, 3)[1].flat)
-    with plt.rc_context({'text.usetex': True}): # one's own LaTeX gets no text from a data file
-        image_dls(d, 5, 10, bs=9, device='cpu').show_batch(ctxs=axs)
-    assert {ax.get_title() for ax in axs} == {title, 'b'} and not any(ax.title.get_usetex() for ax in axs)
-    axs[0].figure.canvas.draw()
+    dls = image_dls(d, 5, 10, bs=9, device='cpu')
+    with plt.rc_context({'text.usetex': True}): dls.show_batch() # one's own LaTeX gets no text from a data file
+    assert not any(ax.title.get_usetex() for ax in plt.gcf().axes)
+    dls.show_batch()
+    assert {ax.get_title() for ax in plt.gcf().axes} == {title, 'b'}
+    plt.gcf().canvas.draw()
     plt.close('all')
 
 
