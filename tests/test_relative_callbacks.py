@@ -16,6 +16,8 @@ from torch.testing import assert_close
 from gradreg.callbacks import DoubleBack
 from gradreg.relative_callbacks import (DataGrad, FiniteDifference, Layerwise, Sobolev, SpectralNormReg, SpectralNorms,
                                         TangentProp, TwoSided, own_losses)
+from gradreg.runs import Run
+from gradreg.training import run
 
 rng = torch.Generator().manual_seed(0)
 X, Y = torch.rand(16, 1, 8, 8, generator=rng), torch.arange(16) % 3
@@ -204,3 +206,15 @@ FACTS = {TangentProp: (1, ('probe',)), DataGrad: (1, ()), FiniteDifference: (1, 
 
 @pytest.mark.parametrize('cb', FACTS, ids=lambda o: o.__name__)
 def test_what_a_class_says_of_itself(cb): assert (cb.passes(10), cb.takes) == FACTS[cb]
+
+# ---------------------------------------------------------------- in a study
+
+SMALL = dict(data='digits', n_train=10, n_valid=10, bs=5, iters=3)
+
+@pytest.mark.parametrize('cb', [TangentProp, DataGrad, FiniteDifference, Layerwise, SpectralNorms, SpectralNormReg, TwoSided])
+def test_a_run_takes_it_by_its_path(cb):
+    kind = dict(SMALL, data='sin', model='mlp') if cb is TwoSided else SMALL
+    path = f'gradreg.relative_callbacks:{cb.__name__}'
+    rows = [run(Run(**kind, penalty=path, strength=lam), torch.device('cpu')) for lam in (.5, .5, 1e-9)]
+    assert all(o['status'] == 'ok' for o in rows)
+    assert rows[0]['weight_norm'] == rows[1]['weight_norm'] != rows[2]['weight_norm']
