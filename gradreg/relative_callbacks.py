@@ -66,7 +66,7 @@ class DataGrad(GradReg):
     def __init__(self,
         lam:float,      # strength, at least 0
         *,
-        eps:float=.1,   # distance of the neighbour, in the dual of `norm`, > 0
+        eps:float=1.,   # distance of the neighbour, in the dual of `norm`, > 0
         norm:float=2,   # norm of the loss gradient that the step gains: 1, 2 or math.inf
         every:int=1     # apply on each `every`-th batch, `every` times as strong
     ):
