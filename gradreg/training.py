@@ -113,8 +113,8 @@ def _opt_func(r):
     make = resolve(OPTIMIZERS[r.opt])
     def opt(params, lr):
         ps = list(params)
-        groups = [{'params': [p for p in ps if p.ndim > 1], 'weight_decay': r.wd},
-                  {'params': [p for p in ps if p.ndim < 2], 'weight_decay': 0.}]
+        fused = dict(fused=True) if ps[0].is_cuda else {}  # counts on the device, as a CUDA graph needs it
+        groups = [dict(params=[p for p in ps if (p.ndim > 1) == w], weight_decay=r.wd*w, **fused) for w in (True, False)]
         return OptimWrapper(opt=make(groups, lr=lr))
     return opt
 
@@ -238,6 +238,7 @@ def learner(
     loss = resolve(_task(dls).loss)
     watch = [Trace(halvings(r.iters, r.trace), partial(_measures, dls=dls, seed=r.seed))] if r.trace else []
     cbs = [TrainEvalCallback(), Iterations(r.iters, r.lr), *penalties(r, dls.device), *watch]
+    if dls.device.type == 'cuda' and ':' not in str(r): cbs.append(resolve('gradreg.capture:CudaGraph')())  # not own
     return _Learner(dls, model, loss_func=loss() if isinstance(loss, type) else loss, opt_func=_opt_func(r),
                     default_cbs=False, cbs=cbs)
 

@@ -11,8 +11,10 @@ from fastai.optimizer import Adam, OptimWrapper
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from gradreg import training
 from gradreg.callbacks import ConfidencePenalty, DoubleBack, FrobReg, GradReg, JacReg, SpectReg
 from gradreg.capture import CudaGraph
+from gradreg.runs import Run
 
 on_each_device = pytest.mark.parametrize('device', ['cpu', 'cuda'])
 sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True, fused=True)
@@ -152,3 +154,34 @@ def test_a_broken_fit_can_be_followed_by_another():
         learn.fit(1, .01, cbs=Break())
         learn.fit(1, .01)
     assert len(learn.spect_reg.penalties) == 8 and learn.validate()[0] > 0
+
+# ---------------------------------------------------------------- the study's training
+
+def trained(r, *cbs):
+    learn = training.learner(r, 'cpu')
+    with training.one_thread(), training.arithmetic(r, learn): learn.fit(5, r.lr, cbs=cbs)
+    return learn
+
+@pytest.mark.parametrize('kw', [dict(spect_reg=.03, every=4), dict(double_back=1., frob_reg=.01, p_drop=.5),
+                                dict(spect_reg=.03, bn=True, precision='bf16'), dict(spect_reg=.03, trace=3)], ids=str)
+def test_a_run_trains_as_without(kw):
+    r = Run(data='digits', n_train=100, n_valid=100, bs=25, iters=20, opt='sgd', lr=.01, **kw)
+    stand_in = StandIn()
+    ours, theirs = trained(r, CudaGraph(recorder=stand_in, warmup=1)), trained(r)
+    assert stand_in.replayed > 5
+    close = dict(rtol=1e-4, atol=1e-6)
+    assert_close(list(ours.model.parameters()), list(theirs.model.parameters()), **close)
+    if r.trace: assert ours.trace.found == pytest.approx(theirs.trace.found, rel=1e-3)
+    for a, b in zip(ours.cbs, theirs.cbs):
+        if isinstance(a, GradReg): assert_close(a.penalties, b.penalties, rtol=1e-3, atol=1e-6)
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('kw', [dict(spect_reg=.03, every=4), dict(double_back=1., p_drop=.5), dict(frob_reg=.01, bn=True),
+                                dict(spect_reg=.03, precision='bf16'), dict(spect_reg=.03, trace=3, opt='sgd', lr=.01)], ids=str)
+def test_a_run_on_cuda_trains_as_without(kw):
+    r = Run(data='digits', n_train=100, n_valid=100, bs=25, iters=60, **kw)
+    with_graph, without = training.learner(r, 'cuda'), training.learner(r, 'cuda')
+    without.remove_cb(without.cuda_graph)
+    for learn in with_graph, without:
+        with training.arithmetic(r, learn): learn.fit(15, r.lr)
+    assert_close(list(with_graph.model.parameters()), list(without.model.parameters()), rtol=.05, atol=5e-3)
