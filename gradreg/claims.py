@@ -169,7 +169,8 @@ def told(
     "An effect with its 95 % interval in words; a difference of logarithms as the ratio that it is."
     known = not math.isnan(o.ci95)
     if math.isnan(o.effect): return ''
-    if not re.search(r'\blog\b', o.claim): return f'{o.effect:+.2f}' + f' ± {o.ci95:.2f}'*known + ' points'
+    logs = re.search(r'\blog\b|^SIN:', o.claim) # SIN's errors are all compared by their logarithms
+    if not logs: return f'{o.effect:+.2f}' + f' ± {o.ci95:.2f}'*known + ' points'
     low,high = math.exp(o.effect - o.ci95),math.exp(o.effect + o.ci95)
     return f'× {math.exp(o.effect):.2f}' + f' ({low:.2f} to {high:.2f})'*known
 

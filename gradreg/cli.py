@@ -11,6 +11,7 @@ from pathlib import Path
 from fastcore.docments import docments
 from .notebooks import StudyFailed, execute, expanded, find_study, harmless, may_write, question, read_cells
 from .notebooks import read_study, save_page, save_study, studies, study_name, texts
+from .runs import BACKENDS, DATA, REGULARIZERS, Run, grid, settings
 
 # %% ../nbs/23_cli.ipynb #63df6cfd
 def list_studies():
@@ -38,7 +39,8 @@ def show_claims(
     from gradreg.claims import Verdicts, all_claims, headlines # here: slow to import
     given = results or os.environ.get('GRADREG_RESULTS')
     folder = expanded(given) if given else next(iter(studies().values())).parent/'results'
-    if (found := all_claims(folder)).empty: raise ValueError(f'{folder}: no claims there; `gradreg run STUDY` writes them')
+    found = all_claims(folder)
+    if found.empty: raise ValueError(f'{folder}: no claims there; `gradreg run STUDY` writes them')
     tally = ', '.join(f'{n} {verdict}' for verdict,n in found.verdict.value_counts().items())
     said = [f'{len(found)} claims: {tally}', *headlines(found)]
     print('\n\n'.join(harmless(textwrap.fill(o, 92)) for o in said))
@@ -55,8 +57,7 @@ def data(
     name:str # mnist, cifar10, cifar100, tiny_imagenet, digits, or NAME for your NAME.npz in the folder GRADREG_DATA
 ):
     "Say where a data set lies, fetching it if need be, and what is in it."
-    if name == 'sin':
-        return print('sin: no arrays; gradreg.data.sin_dls makes noisy points of sin(5x) on [-1, 1] for each seed')
+    if name in DATA: return print(f'{name}: no arrays; {DATA[name]} makes its points for each seed')
     from gradreg.arrays import find_arrays, load_arrays
     from gradreg.data import channel_stats
     there = find_arrays(name)
@@ -70,29 +71,35 @@ def data(
         print(f"{k:16} {' '.join(f'{o:.2f}' for o in v)} of 0...255, training corpus")
 
 # %% ../nbs/23_cli.ipynb #118ffb6d
-def _check_device(device):
+def _check_device(option, device):
     import torch # here: slow to import
     try: torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'--device {device}: {str(e).splitlines()[0]}') from e
+        raise ValueError(f'{option} {device}: {str(e).splitlines()[0]}') from e
 
 def _options(**options):
-    "Those that are given, or an error that names the wrong one."
-    given = {k: v for k,v in options.items() if v is not None}
+    "Those that are given, or an error that names the option or the variable that is wrong."
+    given,said = {k: v for k,v in options.items() if v is not None},settings()
     for k,low in dict(seeds=1, jobs=0).items():
         if given.get(k, low) < low: raise ValueError(f'--{k} {given[k]}: must be at least {low}')
-    if (backend := given.get('backend', 'loky')) not in ('loky', 'ray'):
-        raise ValueError(f'--backend {backend}: choose loky (this machine) or ray (a cluster)')
-    if 'device' in given and backend == 'loky': _check_device(given['device']) # a cluster may have what is not here
+    backend = given.get('backend') or said.backend or 'loky'
+    if backend not in BACKENDS: raise ValueError(f"--backend {backend}: choose {' or '.join(BACKENDS)}")
+    here = backend == 'loky' # a cluster may have what this machine has not
+    if here and 'device' in given: _check_device('--device', given['device'])
+    elif here and said.device: _check_device('GRADREG_DEVICE', said.device)
     return given
 
 # %% ../nbs/23_cli.ipynb #118ffb72
+_warns = 'study', 'rows', 'arrays', 'measures', 'double_backward' # rooms whose warnings are for the reader
+
 def _environment(given, **folders):
     "The kernel's environment, with absolute paths, for it runs elsewhere, and with no warnings but the book's own."
     for k,v in folders.items():
-        if v := v or os.environ.get(f'GRADREG_{k.upper()}'): given[k] = expanded(v).resolve()
-    if 'data' in given and not given['data'].is_dir(): raise ValueError(f"--data {given['data']}: is not a folder")
-    said = ','.join(['ignore', *(f'default:::gradreg.{o}' for o in ('study', 'arrays', 'measures'))])
+        name = f'GRADREG_{k.upper()}'
+        option,v = (f'--{k}', v) if v else (name, os.environ.get(name))
+        if v: given[k] = expanded(v).resolve()
+        if v and k == 'data' and not given[k].is_dir(): raise ValueError(f'{option} {v}: is not a folder')
+    said = ','.join(['ignore', *(f'default:::gradreg.{o}' for o in _warns)])
     return {**os.environ, 'PYTHONWARNINGS': said, **{f'GRADREG_{k.upper()}': str(v) for k,v in given.items()}}
 
 # %% ../nbs/23_cli.ipynb #118ffb74
@@ -143,11 +150,11 @@ def _numbers(text):
 
 def _tuning(base, method, lams, seeds, results, options):
     "Finished rows, or an error that says what is missing."
-    from gradreg import study
+    from gradreg import study # here: slow to import
     if not isinstance(getattr(base, str(method), None), float):
-        raise ValueError(f"--method {method}: choose {', '.join(study.REGULARIZERS)}, wd or p_drop")
+        raise ValueError(f"--method {method}: choose {', '.join(REGULARIZERS)}, strength, wd or p_drop")
     if not lams: raise ValueError('--lams: say which strengths to choose from, such as --lams .01,.03,.1')
-    rows = study.run_all(study.grid(base, **{method: lams}, seed=range(seeds)), results, **options)
+    rows = study.run_all(grid(base, **{method: lams}, seed=range(seeds)), results, **options)
     if rows.empty:
         raise ValueError(f'{results} holds none of these runs, and nothing was trained: call again without --jobs 0')
     if not (rows.status == 'ok').any():
@@ -166,16 +173,17 @@ def tune_strength(
     **fields                # of `Run`
 ):
     "Choose a strength by the mean metric on validation points; the test set plays no part."
-    from gradreg import study # here: slow to import
+    from gradreg import study, tables, training # here: slow to import
+    if os.getcwd() not in sys.path: sys.path.append(os.getcwd()) # where one's own modules lie
     options,results = _options(seeds=seeds, jobs=jobs, backend=backend, device=device),expanded(results)
-    base = study.Run(**fields)
-    rows = _tuning(base, method, lams, options.pop('seeds'), results, options)
+    base = Run(**fields)
+    rows,task = _tuning(base, method, lams, options.pop('seeds'), results, options),training.task_of(base)
     best = getattr(study.choose(base, rows, [method]), method)
-    table = study.summarize(rows[rows.status == 'ok'], method, 'valid').rename(index='{:g}'.format).round(4)
-    metric = study.task_of(base).metric
+    finished = rows[rows.status == 'ok'].assign(valid=lambda o: task.scale*o.valid)
+    table = tables.summarize(finished, method, 'valid').rename(index='{:g}'.format).round(4)
     edge = ', at the edge of the list: try further ones'*(len(lams) > 1 and best in (min(lams), max(lams)))
-    print(f'{base.data}, {base.model}, {base.n_train:,} training points, {base.iters:,} steps: '
-          f'{metric} on {base.n_valid:,} validation points',
+    print(f'{base.data}, {base.model}, {base.n_train:,} training points, {base.iters:,} steps: {task.metric}'
+          f"{', '*bool(task.unit)}{task.unit.strip()} on {base.n_valid:,} validation points",
           table, f'best: {method} = {best:g}{edge}\n{results}', sep='\n\n')
 
 # %% ../nbs/23_cli.ipynb #20ff2b74
@@ -196,22 +204,19 @@ def _add_arguments(parser, f, but=()):
             parser.add_argument(option, type=o.annotation, default=o.default, metavar=o.name.upper(), help=text)
 
 # %% ../nbs/23_cli.ipynb #20ff2b75
-def _parser(fields_too):
-    "A parser of all commands."
+def _parser():
     parser = argparse.ArgumentParser('gradreg', description=__doc__, epilog='gradreg COMMAND --help says more.')
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True, dest='command')
     for name,f in COMMANDS.items():
         sub = commands.add_parser(name, help=f.__doc__, description=f.__doc__, allow_abbrev=False)
         _add_arguments(sub, f)
-        if f is tune_strength and fields_too:
-            from gradreg.runs import Run # here: only for this command
-            _add_arguments(sub, Run, but=('seed', 'protocol'))
+        if f is tune_strength: _add_arguments(sub, Run, but=('seed', 'protocol'))
     return parser
 
 def _arguments(argv):
     "The command and its arguments by name; options may be spelled with underscores, as the fields of `Run` are."
     spelled = [re.sub('^--[^=]+', lambda m: '--' + m[0][2:].replace('_', '-'), o) for o in argv]
-    args = vars(_parser('tune' in argv[:1]).parse_args(spelled or ['--help']))
+    args = vars(_parser().parse_args(spelled or ['--help']))
     return COMMANDS[args.pop('command')],args
 
 # %% ../nbs/23_cli.ipynb #20ff2b76

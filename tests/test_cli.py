@@ -107,16 +107,16 @@ def test_the_books_own_tables_fit(name, capsys, monkeypatch):
 def test_claims(repo, capsys, monkeypatch):
     good = dict(claim='A (Table 2): it raises accuracy', n=10, effect=.314, ci95=.1, verdict='confirmed')
     logs = dict(claim='B lowers the log of the error', n=3, effect=math.log(.5), ci95=0, verdict='contradicted')
-    evil = dict(claim='C\x1b[31m is not run', n=0, effect=math.nan, ci95=math.nan, verdict='not run')
+    evil = dict(claim='C\u202e is not run', n=0, effect=math.nan, ci95=math.nan, verdict='not run')
     for name, rows in dict(tiny=[good, evil], old=[logs]).items():
         write_rows(repo/f'nbs/studies/results/claims_{name}.csv', rows)
     assert cli.main(['claims']) == 0
     out = capsys.readouterr().out
     lines = out.splitlines()
     assert sorted(re.split(': |, ', lines[0])) == ['1 confirmed', '1 contradicted', '1 not run', '3 claims']
-    assert lines[-6:] == ['old', 'contradicted  B lowers the log of the error: × 0.50 (0.50 to 0.50) (n = 3)', '', 'tiny',
-                          'confirmed     A (Table 2): it raises accuracy: +0.31 ± 0.10 points (n = 10)',
-                          'not run       C\\x1b[31m is not run (n = 0)']
+    assert lines[-6:] == ['old', 'contradicted  B lowers the log of the error: × 0.50 (0.50 to 0.50) (n = 3)', '',
+                          'tiny', 'confirmed     A (Table 2): it raises accuracy: +0.31 ± 0.10 points (n = 10)',
+                          'not run       C\\u202e is not run (n = 0)']
     assert max(map(len, lines)) <= 92
     monkeypatch.chdir(repo/'nbs')
     assert cli.main(['claims']) == 0 and capsys.readouterr().out == out
@@ -169,7 +169,7 @@ def test_without_jupyter(repo, capsys, monkeypatch):
 
 @pytest.mark.parametrize('args,said', [
     (['--jobs', '-1'], '--jobs -1: must be at least 0'), (['--seeds', '-1'], '--seeds -1: must be at least 1'),
-    (['--backend', 'dask'], '--backend dask: choose loky'), (['--device', 'abacus'], '--device abacus: '),
+    (['--backend', 'dask'], '--backend dask: choose loky or ray'), (['--device', 'abacus'], '--device abacus: '),
     (['--data', 'no/where'], 'no/where: is not a folder'),
     (['--out', 'nbs/studies'], 'no notebook is ever overwritten'),
     (['--out', '~nobody123/here'], '~nobody123/here'), (['--data', '~nobody123/here'], '~nobody123/here'),
@@ -179,6 +179,18 @@ def test_wrong_options(repo, capsys, monkeypatch, args, said):
     before = {p: p.read_bytes() for p in repo.rglob('*.ipynb')}
     assert cli.main(['run', 'old', *args]) == 2 and said in one_line(capsys.readouterr().err)
     assert {p: p.read_bytes() for p in repo.rglob('*')if p.is_file()} == before
+
+
+@pytest.mark.parametrize('name,value', [('JOBS', 'two'), ('JOBS', '-1'), ('SEEDS', '0'), ('BACKEND', 'dask'),
+                                        ('DEVICE', 'abacus'), ('DATA', 'no/where'), ('RESULTS', '~nobody123/rows')])
+@pytest.mark.parametrize('command', [['run', 'old'], [*('tune --method wd --lams 0 --data digits'.split())]])
+def test_wrong_variables(repo, capsys, monkeypatch, name, value, command):
+    if command[0] == 'tune' and name == 'RESULTS': pytest.skip('tune has a file of its own')
+    monkeypatch.setattr(cli, 'execute', lambda *_: pytest.fail('a kernel was started'))
+    monkeypatch.setenv(f'GRADREG_{name}', value)
+    assert cli.main(command) == 2
+    err = one_line(capsys.readouterr().err)
+    assert value in err and (f'GRADREG_{name}' in err or name == 'RESULTS')
 
 
 ENV = "import os; print(*(f'{k}={v}' for k, v in sorted(os.environ.items()) if k.startswith('GRADREG_')), sep='\\n')"
@@ -299,13 +311,14 @@ def test_repository_results_or_own(repo, capsys):
     assert 'done' not in err and str(own) not in out and own.read_bytes() == before
 
 
-def test_failed_runs_are_told(repo, capsys):
+def test_what_the_book_warns_of_is_told(repo, capsys):
     notebook(repo/'nbs/studies/56_bad.ipynb', 'Bad?', 'import warnings',
              'from gradreg.study import Run, results, run_all', "warnings.warn('of no interest')",
-             "run_all([Run(data='sin', model='lenet5')], results('bad'), jobs=1).status")
+             "def fail(r, device): raise OSError('no space')",
+             "run_all([Run(data='sin', model='mlp')], results('bad'), jobs=1, run=fail).status")
     assert cli.main(['run', 'bad']) == 0
     err = capsys.readouterr().err
-    assert 'a run failed' in err and 'no interest' not in err
+    assert 'a run failed' in err and 'no space' in err and 'no interest' not in err
 
 
 def test_failing_cell(repo, capsys):
@@ -324,6 +337,18 @@ def test_dying_kernel(repo, capsys):
     assert cli.main(['run', 'dies']) == 1
     err = capsys.readouterr().err
     assert err.startswith('gradreg: 57_dies.ipynb: its kernel died') and 'Traceback' not in err
+
+
+def test_two_at_once_share_the_work(repo):
+    "Each row is trained once, both show all rows, and what they write is whole"
+    kw = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    two = [subprocess.Popen([GRADREG, 'run', 'tiny'], **kw) for _ in range(2)]
+    for p in two:
+        out, err = p.communicate(timeout=600)
+        assert p.returncode == 0 and 'All 3 runs are there' in out, err
+    assert load_rows(repo/'nbs/studies/results/tiny.csv').seed.tolist() in ([0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0])
+    page = (repo/'nbs/studies/out/tiny/tiny.html').read_text(encoding='utf-8')
+    assert page.endswith('</html>') and 'All 3 runs are there' in Tags(page).text
 
 
 # ---------------------------------------------------------------- pipes, homes, folders that are somebody's
@@ -407,7 +432,7 @@ def test_console_script(repo):
     assert done.returncode == 2 and not done.stdout and 'nothing' in one_line(done.stderr)
 
 
-@pytest.mark.parametrize('args', [['--help'], ['list'], ['run', '--help'], ['show', 'old']])
+@pytest.mark.parametrize('args', [['--help'], ['list'], ['run', '--help'], ['tune', '--help'], ['show', 'old']])
 def test_light_start(repo, args):
     "Help waits for nothing; listing not for torch, nor for Jupyter"
     heavy = {'torch', 'fastai', 'nbclient', 'nbconvert', 'nbformat', *(['numpy', 'pandas'] if '--help' in args else [])}
@@ -453,7 +478,7 @@ def test_data_where_it_is_from(repo, capsys, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(repo/'cache'))
     assert cli.main(['data', 'digits']) == 0
     assert capsys.readouterr().out.startswith('digits: made just now, in no file\n')
-    assert cli.main(['data', 'sin']) == 0 and 'sin_dls' in capsys.readouterr().out
+    assert cli.main(['data', 'sin']) == 0 and 'sin_loaders' in capsys.readouterr().out
     def download(name):
         npz(repo/'cache', 'other')
         (repo/'cache/gradreg').mkdir()
@@ -484,16 +509,19 @@ TUNE = ['tune', '--method', 'spect_reg', '--lams', '.1,.2,.3', *SMALL, '--data']
 WD = ['tune', '--method', 'wd', '--lams', '0', '--data', 'digits']
 
 
-@pytest.mark.parametrize('data,best', [('digits', '0.2'), ('sin', '0.1, at the edge of the list: try further ones')])
-def test_tune(repo, capsys, data, best):
+@pytest.mark.parametrize('data,best,scale,unit', [
+    ('digits', '0.2', 100, ': accuracy, % on 50 validation points'),
+    ('sin', '0.1, at the edge of the list: try further ones', 1, ': mean squared error on 50 validation points')])
+def test_tune(repo, capsys, data, best, scale, unit):
     model = 'mlp' if data == 'sin' else 'lenet5'
     base = Run(data=data, model=model, n_train=20, bs=10, iters=2, n_valid=50)
     for r in grid(base, spect_reg=[.1, .2, .3], seed=range(2)): append_row('own/rows.csv', tuned(r), asdict(Run()))
     assert cli.main([*TUNE, data, '--model', model, '--seeds', '2', '--results', 'own/rows.csv', '--jobs', '1']) == 0
     out, err = capsys.readouterr()
-    rows = [o.split() for o in out.splitlines() if o.startswith('0.')]
-    assert [o[:3] for o in rows] == [['0.1', '2', '0.505'], ['0.2', '2', '0.705'], ['0.3', '2', '0.605']]
-    assert rows[0][3] == '0.0071'
+    rows = [[float(v) for v in o.split()] for o in out.splitlines() if o.startswith('0.')]
+    table = [[lam, 2, round(scale*v, 4)] for lam, v in ((.1, .505), (.2, .705), (.3, .605))]
+    assert [o[:3] for o in rows] == table
+    assert unit in out
     assert f'best: spect_reg = {best}\n' in out and out.endswith('own/rows.csv\n') and '98' not in out and not err
 
 
@@ -547,6 +575,54 @@ def test_tune_says_that_no_run_came_to_its_end(repo, capsys):
     assert cli.main([*WD, *wild]) == 2
     end = capsys.readouterr().err.splitlines()[-1]
     assert end == 'gradreg: no run came to its end: the column status of tune.csv says why'
+
+
+def test_tune_calls_a_tie_a_tie(repo, capsys):
+    base = Run(data='digits', n_train=20, bs=10, iters=2, n_valid=50)
+    for r in grid(base, spect_reg=[.1, .2, .3], seed=range(2)):
+        append_row('rows.csv', {**asdict(r), 'status': 'ok', 'valid': .5 + .1*(r.spect_reg < .3)}, asdict(Run()))
+    assert cli.main([*TUNE, 'digits', '--seeds', '2', '--results', 'rows.csv', '--jobs', '1']) == 0
+    out, err = capsys.readouterr()
+    assert 'best: spect_reg = 0.1' in out and 'spect_reg: 0.1, 0.2 tie' in one_line(err)
+
+
+OWN = '''import torch
+from torch import nn
+from fastai.data.core import DataLoaders
+from torch.utils.data import TensorDataset
+from gradreg.callbacks import GradReg
+from gradreg.jacobians import sq_norm, vjp
+from gradreg.runs import Task
+
+def small(n_out): return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, n_out))
+
+class SumReg(GradReg):
+    def penalty(self): return sq_norm(vjp(self.pred, self.x, torch.ones_like(self.pred)))
+
+def error(model, x, y): return (model.eval()(x) - y).abs().mean().item()
+
+def loaders(n_train, n_valid, seed, bs, device):
+    g = torch.Generator().manual_seed(seed)
+    def part(n):
+        x = torch.randn(n, 2, generator=g)
+        return TensorDataset(x, x[:, :1]**2)
+    dls = DataLoaders.from_dsets(part(n_train), part(n_valid), bs=bs, device=device, num_workers=0)
+    dls.c, dls.test = 1, dls.valid.new(part(50))
+    dls.task = Task('torch.nn:L1Loss', 'my_own:error', metric='mean distance', more=False, unit=' cm', scale=1)
+    return dls
+'''
+
+
+def test_tune_with_data_network_and_penalty_of_ones_own(tmp_path):
+    "From the shell, in the folder where they lie"
+    (tmp_path/'my_own.py').write_text(OWN)
+    args = '--data my_own:loaders --model my_own:small --penalty my_own:SumReg --method strength --lams 0,.1 --seeds 1'
+    env = {k: v for k, v in os.environ.items() if not k.startswith('GRADREG_')}
+    done = subprocess.run([GRADREG, 'tune', *args.split(), *SMALL, '--jobs', '2'], cwd=tmp_path, env=env,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'mean distance, cm on 50 validation points' in done.stdout and 'best: strength = ' in done.stdout
+    assert load_rows(tmp_path/'tune.csv').strength.tolist() == [0, .1]
 
 
 def test_tune_without_training_says_that_nothing_is_there(repo, capsys):
