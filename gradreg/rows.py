@@ -37,25 +37,28 @@ def _number(text):
     for f in int, float:
         with suppress(ValueError): return f(text)
 
+def _is_bare_number(cell): return cell[:1] != '"' and _number(cell) is not None
+
 def _names(cells):
     "The names that a line has as a header."
     names = [*map(_unquoted, cells)]
-    numbers = [o for o in cells if o[:1] != '"' and _number(o) is not None]
-    if '' in names or numbers or len(set(names)) < len(names):
+    if '' in names or any(map(_is_bare_number, cells)) or len(set(names)) < len(names):
         raise ValueError('the first line must name the columns, each once')
     return names
 
 def _is_header(cells, names):
     "Does a line repeat most of the `names` of the columns?"
+    if any(map(_is_bare_number, cells)): return False  # as in nearly all rows
     if 2*len({*map(_unquoted, cells)} & set(names)) <= len(names): return False
     with suppress(ValueError): return bool(_names(cells))
 
 # %% ../nbs/07_rows.ipynb #ac35aff1
 def _lines(rows, **more):
     "Rows, as dicts of cells by column, as the text of a file; with `more` cells at the end of each."
-    names = [*dict.fromkeys(k for o in rows for k in o), *more]
+    rows = [{**o, **more} for o in rows]
+    names = [*dict.fromkeys(k for o in rows for k in o if k not in more), *more]
     if not names: return ''
-    lines = [[{**o, **more}.get(k, '') for k in names] for o in rows]
+    lines = [[o.get(k, '') for k in names] for o in rows]
     if any(_is_header(o, names) for o in lines): raise ValueError(f'a row repeats the names of its columns: {names}')
     header = [_cell('the name of a column', k) for k in names]
     _names(header)
