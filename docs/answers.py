@@ -1,13 +1,24 @@
-"What the runs say of each regularizer, from the files of claims: tables for the cards and for the page that compares them."
+"What the runs say of each regularizer, from the files of claims: tables for the cards and the page that compares them."
+
 import re
 from pathlib import Path
 from gradreg.claims import all_claims, told
 
 root = Path(__file__).resolve().parents[1]
-subjects = {'double_back': 'DoubleBack', 'jac_reg': 'JacReg', 'frob_reg': 'FrobReg', 'spect_reg': 'SpectReg', 'confidence_penalty': 'the confidence penalty'}
+subjects = {
+    'double_back': 'DoubleBack',
+    'jac_reg': 'JacReg',
+    'frob_reg': 'FrobReg',
+    'spect_reg': 'SpectReg',
+    'confidence_penalty': 'the confidence penalty',
+}
 facts = {  # what no run has to tell: what is penalised, whether labels are needed
-    'double_back': ('the gradient of the loss', 'yes'), 'jac_reg': ('the Jacobian of the probabilities', 'no'), 'frob_reg': ('the Jacobian of the logits', 'no'),
-    'spect_reg': ('one random projection of the Jacobian of the logits', 'no'), 'confidence_penalty': ('the negative entropy of the probabilities', 'no')}
+    'double_back': ('the gradient of the loss', 'yes'),
+    'jac_reg': ('the Jacobian of the probabilities', 'no'),
+    'frob_reg': ('the Jacobian of the logits', 'no'),
+    'spect_reg': ('one random projection of the Jacobian of the logits', 'no'),
+    'confidence_penalty': ('the negative entropy of the probabilities', 'no'),
+}
 
 def study(name):
     "The notebook of a study, as the pages of `docs` link it."
@@ -17,7 +28,10 @@ def study(name):
 def table(found, up='../'):
     "Claims as Markdown, the verdict first."
     if found.empty: return '*No run has asked this yet.*'
-    lines = [f'| {o.verdict} | {o.claim.replace("|", "/")} | {told(o)} | {o.n:g} | {study(o.study).replace("../", up)} |' for o in found.itertuples()]
+    lines = [
+        f'| {o.verdict} | {o.claim.replace("|", "/")} | {told(o)} | {o.n:g} | {study(o.study).replace("../", up)} |'
+        for o in found.itertuples()
+    ]
     return '\n'.join(['| verdict | claim | effect, 95 % interval | n | study |', '|---|---|---|--:|---|', *lines])
 
 def about(found, column):
@@ -27,20 +41,38 @@ def about(found, column):
 def helps(column, results):
     "Does it raise accuracy, or lower the error, and whom does it beat?"
     found = about(all_claims(results), column)
-    return table(found[found.claim.str.contains(r'raises accuracy|beats|is worse than|lowers the log of the test error|is within [\d.]+ of SpectReg')])
+    return table(
+        found[
+            found.claim.str.contains(
+                r'raises accuracy|beats|is worse than|lowers the log of the test error|is within [\d.]+ of SpectReg'
+            )
+        ]
+    )
 
 def among(pattern): return lambda results: table((found := all_claims(results))[found.claim.str.contains(pattern)], '')
 
-questions = {'help': r'raises accuracy|lowers the log of the test error', 'rivals': r'\bbeats\b|is worse than|is within [\d.]+ of SpectReg|lower log of the error',
-             'tolerance': r'(?:tenth|times|twice)\b.*strength|a log of the error'}
+questions = {
+    'help': r'raises accuracy|lowers the log of the test error',
+    'rivals': r'\bbeats\b|is worse than|is within [\d.]+ of SpectReg|lower log of the error',
+    'tolerance': r'(?:tenth|times|twice)\b.*strength|a log of the error',
+}
 
 def compared(results, cost):
-    "What each penalises, whether it needs labels, what its step costs; `cost` is a function column -> the sentence on the card."
+    "What each penalises, whether it needs labels, what its step costs; `cost`: column -> the sentence on the card."
     def short(c): return re.sub(r'.*\*\*(.*?)\*\*.*', r'\1', cost(c))
-    rows = [f'| [{subjects[c][0].upper() + subjects[c][1:]}](regularizers/{c}.md) | {what} | {labels} | {short(c)} |' for c,(what,labels) in facts.items()]
-    return '\n'.join(['| regularizer | penalises | needs labels | a training step, in plain ones |', '|---|---|---|---|', *rows])
+    rows = [
+        f'| [{subjects[c][0].upper() + subjects[c][1:]}](regularizers/{c}.md) | {what} | {labels} | {short(c)} |'
+        for c, (what, labels) in facts.items()
+    ]
+    return '\n'.join(
+        ['| regularizer | penalises | needs labels | a training step, in plain ones |', '|---|---|---|---|', *rows]
+    )
 
 def all_answers(results, cost):
     "Everything that a page may name in double braces on a line of its own."
     found = {f'helps_{c}': helps(c, results) for c in subjects}
-    return {**found, **{f'claims_{k}': among(o)(results) for k,o in questions.items()}, 'compared': compared(results, cost)}
+    return {
+        **found,
+        **{f'claims_{k}': among(o)(results) for k, o in questions.items()},
+        'compared': compared(results, cost),
+    }

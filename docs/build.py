@@ -1,4 +1,5 @@
-"The site: notebooks as nbdev shows them, the pages of this folder and a reference from signatures, laid in docs/_build/src and set by Sphinx."
+"The site: notebooks as nbdev shows them, pages of this folder, a reference; laid in docs/_build/src and set by Sphinx."
+
 import argparse, os, re, shutil, sys
 from itertools import groupby
 from pathlib import Path
@@ -15,12 +16,17 @@ from reference import cfg, github
 site = cfg['doc_host'] + cfg['doc_baseurl'] + '/'
 colab = f'{github.replace("github.com", "colab.research.google.com/github")}nbs/'
 
-def notebooks(): return sorted(p.relative_to(root/'nbs') for p in (root/'nbs').rglob('*.ipynb') if not {'.ipynb_checkpoints', 'out'} & set(p.parts))
+def notebooks():
+    return sorted(
+        p.relative_to(root / 'nbs')
+        for p in (root / 'nbs').rglob('*.ipynb')
+        if not {'.ipynb_checkpoints', 'out'} & set(p.parts)
+    )
 
 # ---------------------------------------------------------------- a notebook becomes a page
 
 def relink(text, up=''):
-    "nbdev's links to names of the package become links into the reference, links to the published site links within it."
+    "nbdev's links to names of the package lead into the reference, those to the published site stay within it."
     def target(m): return reference.role(m[1], m[2]) if m[1] in reference.homes() else f'`{m[1]}`'
     text = re.sub(r'\[`([\w.]+)`\]\(https?://[^)\s]*?(\w+)\.html#[\w.]+\)', target, text)
     return re.sub(rf'\]\({site}([\w/]+)\.html', lambda m: f']({up}/{m[1]}', text)
@@ -41,7 +47,9 @@ def documented(cells):
     entries = []
     for c in cells:
         text = ''.join(c.outputs[0].data['text/markdown'])
-        link,name,code,doc = re.search(r'\((https://\S+)\).*?\n### (\S+)\n(.*?```python.*?```)(.*)', text, re.S).groups()
+        link, name, code, doc = re.search(
+            r'\((https://\S+)\).*?\n### (\S+)\n(.*?```python.*?```)(.*)', text, re.S
+        ).groups()
         code = reference.named(re.sub(r'\[`([\w.]+)`\]\([^)]*\)', r'\1', code))
         entries.append((int(link.rpartition('#L')[2]), f'### {name}\n{code}\n\n{relink(doc.strip())} [source]({link})'))
     return '\n\n'.join(o for _,o in sorted(entries))
@@ -60,8 +68,12 @@ def shown(cell, alt):
     cell.source = re.sub(r'^#\s*\|.*\n?', '', cell.source, flags=re.M).strip('\n')
     cell.outputs = [o for o in cell.outputs if visible(o)]
     for o in cell.outputs:
-        if 'text/html' in o.get('data', {}): o.data['text/html'] = ''.join(o.data['text/html']).replace('class="fastprogress"', 'class="dataframe"')
-    folds = {'remove-input': flags.get('echo') == 'false' or not cell.source, 'hide-input': flags.get('code-fold') == 'true'}
+        if 'text/html' in o.get('data', {}):
+            o.data['text/html'] = ''.join(o.data['text/html']).replace('class="fastprogress"', 'class="dataframe"')
+    folds = {
+        'remove-input': flags.get('echo') == 'false' or not cell.source,
+        'hide-input': flags.get('code-fold') == 'true',
+    }
     tags = [o for o,wanted in folds.items() if wanted][:1]
     cell.metadata = dict(mystnb=dict(image=dict(alt=flags.get('fig-alt') or alt)), tags=tags)
     return cell
@@ -78,27 +90,41 @@ def page(path, results):
             said = plain(c.source.strip().split('\n\n')[-1]) or said
         elif c.cell_type == 'code': c = shown(c, f'Figure in {title}, {heading}. {said}'.strip())
         cells.append(c)
-    line = ' · '.join(filter(None, [f'[Open in Colab]({colab}{path.as_posix()})', f'JupyterLab: `make lab`, then `{path.as_posix()}`', tables.runtime(path, results)]))
-    lead = nbformat.v4.new_markdown_cell(f'# {title}\n\n{{.sentence}}\n{relink(meta["description"])}\n\n{{.runs}}\n{line}')
+    name,study = path.as_posix(),path.parent.name == 'studies' and path.stem != 'index'
+    parts = ['[All claims](index.ipynb)'*study, f'[Open in Colab]({colab}{name})',
+             f'JupyterLab: `make lab`, then `{name}`', tables.runtime(path, results)]
+    line = ' · '.join(filter(None, parts))
+    head = f'# {title}\n\n{{.sentence}}\n{relink(meta["description"])}\n\n{{.runs}}\n{line}'
+    lead = nbformat.v4.new_markdown_cell(head)
     nb.cells,nb.metadata['language_info'] = [lead, *cells],dict(name='python', pygments_lexer='ipython3')
     return nb,title
 
 # ---------------------------------------------------------------- the sources
 
-def toctree(docs, caption=''): return '\n'.join(['```{toctree}', *([f':caption: {caption}'] if caption else []), ':hidden:', '', *docs, '```', ''])
+def toctree(docs, caption=''):
+    named = [f':caption: {caption}'] if caption else []
+    return '\n'.join(['```{toctree}', *named, ':hidden:', '', *docs, '```', ''])
 
 def contents(paths, pages):
     "The navigation: what is there, in the order of the book."
     names = [p.with_suffix('').as_posix() for p in paths]
     studies = sorted((o for o in names if o.startswith('studies/')), key=lambda o: (not o.endswith('/index'), o))
-    cards = [f'regularizers/{o}' for o in (*REGULARIZERS, *sorted(o.rpartition('/')[2] for o in pages if o.startswith('regularizers/'))) if f'regularizers/{o}' in pages]
-    parts = {'Start': ['Home <self>', 'install', *(o for o in ('slider',) if o in pages)],
-             'Use': [*(o for o in ('training', 'compare') if o in pages), *dict.fromkeys(cards), 'extend'],
-             'Results': studies, 'Chapters': [o for o in names if re.match(r'\d\d_', o)], 'Reference': ['api/index', 'changelog', 'citation']}
+    cards = [
+        f'regularizers/{o}'
+        for o in (*REGULARIZERS, *sorted(o.rpartition('/')[2] for o in pages if o.startswith('regularizers/')))
+        if f'regularizers/{o}' in pages
+    ]
+    parts = {
+        'Start': ['Home <self>', 'install', *(o for o in ('slider',) if o in pages)],
+        'Use': [*(o for o in ('training', 'compare') if o in pages), *dict.fromkeys(cards), 'extend'],
+        'Results': studies,
+        'Chapters': [o for o in names if re.match(r'\d\d_', o)],
+        'Reference': ['api/index', 'changelog', 'citation'],
+    }
     return '\n'.join(toctree(docs, caption) for caption,docs in parts.items())
 
 def stage_notebooks(src, results, written):
-    "All notebooks as pages in their places, so that their links hold; the path and the title of each chapter by its module's name."
+    "All notebooks as pages in their places, so that links hold; path and title of each chapter by its module's name."
     paths,chapters = notebooks(),{}
     for path in paths:
         nb,title = page(path, results)
@@ -113,19 +139,34 @@ def stage(src, results):
     from nbdev.serve import proc_nbs
     proc_nbs()
     shutil.rmtree(src, ignore_errors=True)
-    shutil.copytree(root/'nbs', src, ignore=shutil.ignore_patterns('*.ipynb', 'out', 'models', '.*', '*.lock', '*.tmp'))  # what notebooks link
-    written = {p.relative_to(here).with_suffix('').as_posix(): p.read_text(encoding='utf-8') for p in here.rglob('*.md') if '_build' not in p.parts}
+    shutil.copytree(
+        root / 'nbs', src, ignore=shutil.ignore_patterns('*.ipynb', 'out', 'models', '.*', '*.lock', '*.tmp')
+    )  # what notebooks link
+    written = {
+        p.relative_to(here).with_suffix('').as_posix(): p.read_text(encoding='utf-8')
+        for p in here.rglob('*.md')
+        if '_build' not in p.parts
+    }
     written['changelog'] = (root/'CHANGELOG.md').read_text(encoding='utf-8')
-    values = {**tables.all_tables(results), **answers.all_answers(results, lambda c: tables.cost(c, results)), 'slider': tables.slider(results)}
+    values = {
+        **tables.all_tables(results),
+        **answers.all_answers(results, lambda c: tables.cost(c, results)),
+        'slider': tables.slider(results),
+    }
     if not values['slider']:
-        print('docs: no sin_curves.csv and sin_points.csv among the results, so the site has no slider', file=sys.stderr)
+        print(
+            'docs: no sin_curves.csv and sin_points.csv among the results, so the site has no slider',
+            file=sys.stderr,
+        )
         del written['slider']
     chapters = stage_notebooks(src, results, written)
     written.update({f'api/{m}': reference.page(m, *chapters[m]) for m in reference.modules})
     written['api/index'] = reference.index() + toctree(reference.modules)
     for name,text in written.items():
         (src/name).parent.mkdir(parents=True, exist_ok=True)
-        (src/f'{name}.md').write_text(re.sub(r'^\{\{ *(\w+) *\}\}', lambda m: values[m[1]], text, flags=re.M), encoding='utf-8')
+        (src / f'{name}.md').write_text(
+            re.sub(r'^\{\{ *(\w+) *\}\}', lambda m: values[m[1]], text, flags=re.M), encoding='utf-8'
+        )
 
 def main():
     from sphinx.cmd.build import build_main
@@ -137,7 +178,8 @@ def main():
     os.chdir(root)
     stage(out/'src', results)
     shutil.rmtree(out/'html', ignore_errors=True)  # pages that are no more
-    code = build_main(['-q', '-W', '--keep-going', '-E', '-c', str(here), '-d', str(out/'doctrees'), str(out/'src'), str(out/'html')])
+    folders = [str(here), '-d', *(str(out/o) for o in ('doctrees', 'src', 'html'))]
+    code = build_main(['-q', '-W', '--keep-going', '-E', '-c', *folders])
     if not code: print(out/'html/index.html')
     return code
 

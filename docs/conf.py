@@ -35,5 +35,17 @@ html_context = dict(default_mode='auto')
 html_favicon = html_logo = str(here/'_static/logo.svg')
 html_show_sourcelink = html_copy_source = False
 html_theme_options = dict(
-    repository_url=cfg['git_url'], use_repository_button=True, use_download_button=False, use_fullscreen_button=False,
-    show_toc_level=2, navbar_start=[], navbar_center=[], navbar_end=[], navbar_persistent=[], navigation_with_keys=False, logo=dict(text='gradreg', alt_text='gradreg: home'), pygments_light_style='a11y-high-contrast-light', pygments_dark_style='a11y-high-contrast-dark')
+    repository_url=cfg['git_url'],
+    use_repository_button=True,
+    use_download_button=False,
+    use_fullscreen_button=False,
+    show_toc_level=2,
+    navbar_start=[],
+    navbar_center=[],
+    navbar_end=[],
+    navbar_persistent=[],
+    navigation_with_keys=False,
+    logo=dict(text='gradreg', alt_text='gradreg: home'),
+    pygments_light_style='a11y-high-contrast-light',
+    pygments_dark_style='a11y-high-contrast-dark',
+)

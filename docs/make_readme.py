@@ -16,7 +16,9 @@ def code(source): return re.sub(r'^#\s*\|.*\n?', '', source, flags=re.M).strip()
 def relink(markdown):
     "Relative links of a notebook in nbs/, as seen from the root; code stays as it is."
     parts = re.split(r'(```.*?```|`[^`\n]*`)', markdown, flags=re.S)
-    parts[::2] = [re.sub(r'\]\((?!\w+:|[#/])([^)\s]+)', lambda m: f"]({normpath('nbs/' + m[1])}", o) for o in parts[::2]]
+    parts[::2] = [
+        re.sub(r'\]\((?!\w+:|[#/])([^)\s]+)', lambda m: f"]({normpath('nbs/' + m[1])}", o) for o in parts[::2]
+    ]
     return ''.join(parts)
 
 def outputs(cell, alt, images):

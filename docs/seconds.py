@@ -1,4 +1,5 @@
-"How long each chapter runs on one core, executed as it stands: writes docs/seconds.csv (`make seconds`). Processor time, so that a busy machine tells the same."
+"How long each chapter runs on one core, in processor time: writes docs/seconds.csv (`make seconds`)."
+
 import csv, os, platform, resource
 from pathlib import Path
 import nbformat, torch
@@ -14,9 +15,20 @@ def spent():
 def measured(path):
     "Execute a notebook and throw its outputs away: a row of the table."
     start = spent()
-    NotebookClient(nbformat.read(path, 4), timeout=None, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}).execute()
+    NotebookClient(
+        nbformat.read(path, 4),
+        timeout=None,
+        kernel_name='python3',
+        resources={'metadata': {'path': str(path.parent)}},
+    ).execute()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return dict(notebook=path.relative_to(root/'nbs').as_posix(), seconds=f'{spent() - start:.1f}', device=device, python=platform.python_version(), torch=torch.__version__)
+    return dict(
+        notebook=path.relative_to(root / 'nbs').as_posix(),
+        seconds=f'{spent() - start:.1f}',
+        device=device,
+        python=platform.python_version(),
+        torch=torch.__version__,
+    )
 
 def main():
     os.environ.pop('GRADREG_SMOKE', None)

@@ -11,22 +11,34 @@ setting = ['data', 'model', 'n_train', 'wd', 'p_drop', 'bn', 'iters', 'bs', 'pro
 
 def markdown(df):
     "A table; numbers stand at the right."
-    rows = [df.columns, ['--:' if pd.api.types.is_numeric_dtype(df[c]) else '---' for c in df], *df.astype(str).to_numpy()]
+    rows = [
+        df.columns,
+        ['--:' if pd.api.types.is_numeric_dtype(df[c]) else '---' for c in df],
+        *df.astype(str).to_numpy(),
+    ]
     return '\n'.join('| ' + ' | '.join(o) + ' |' for o in rows)
 
-def source(path): return [''.join(c['source']) for c in json.loads((root/'nbs'/path).read_text(encoding='utf-8'))['cells']]
+def source(path):
+    return [''.join(c['source']) for c in json.loads((root / 'nbs' / path).read_text(encoding='utf-8'))['cells']]
 
 def time(s): return f'{s:.0f} s' if s < 90 else f'{s/60:.0f} min' if s < 5400 else f'{s/3600:.1f} h'
 
 def runtime(path, results):
     "How long a notebook runs and on what: a study by its rows, a chapter by seconds.csv."
-    names = dict.fromkeys(re.findall(r"""results\(['"](\w+)['"]\)""", '\n'.join(source(path)))) if path.parent.name == 'studies' else ()
+    names = (
+        dict.fromkeys(re.findall(r"""results\(['"](\w+)['"]\)""", '\n'.join(source(path))))
+        if path.parent.name == 'studies'
+        else ()
+    )
     tables = [pd.read_csv(results/f'{o}.csv') for o in names if (results/f'{o}.csv').exists()]
     if tables := [df for df in tables if 'iters' in df]:
         rows = pd.concat(tables)
         rows = rows[rows.status.isin(['ok', 'diverged'])]
-        return (f'draws on a file of {len(rows)} runs, {time(rows.seconds.sum())} of training in all ({", ".join(rows.device.unique())}, one thread per run, '
-                'on a machine that often did other work); only what is missing is trained')
+        return (
+            f'draws on a file of {len(rows)} runs, {time(rows.seconds.sum())} of training in all'
+            f' ({", ".join(rows.device.unique())}, one thread per run, on a machine that often did other work);'
+            ' only what is missing is trained'
+        )
     measured = pd.read_csv(here/'seconds.csv').set_index('notebook')
     if path.as_posix() not in measured.index: return ''
     o = measured.loc[path.as_posix()]
@@ -38,8 +50,11 @@ def cost(column, results):
     "A sentence on what a training step costs, from the benchmark's file."
     df = pd.read_csv(results/'bench.csv').query("what.str.startswith('penalty') and candidate == @column")
     o = df.iloc[0]
-    return (f'A training step takes **{o.ratio_median:.1f} times** as long as a plain one, quartiles {o.ratio_q25:.1f} to {o.ratio_q75:.1f} ({networks[o.model]}, batch {o.bs}, '
-            f'{o.threads} thread, {o.machine}, torch {o.torch}; measured in [What does a penalty cost?](../studies/90_bench.ipynb)).')
+    return (
+        f'A training step takes **{o.ratio_median:.1f} times** as long as a plain one, quartiles {o.ratio_q25:.1f}'
+        f' to {o.ratio_q75:.1f} ({networks[o.model]}, batch {o.bs}, {o.threads} thread, {o.machine}, torch'
+        f' {o.torch}; measured in [What does a penalty cost?](../studies/90_bench.ipynb)).'
+    )
 
 def authors(name):
     "Strengths that the authors used, as rows; those for a batch sum are turned into those for a mean."
@@ -48,7 +63,7 @@ def authors(name):
     return pd.DataFrame({'data': df.data, 'network': df.network, 'strength': lam.map('{:g}'.format), 'from': df.source})
 
 def tuned(column, results):
-    "The strength with the best mean validation metric, where a result file holds several strengths of this regularizer alone."
+    "The strength with the best mean validation metric, where a file holds several strengths of this regularizer alone."
     others = [o for o in REGULARIZERS if o != column]
     for path in sorted(results.glob('*.csv')):
         df = pd.read_csv(path)
@@ -61,15 +76,33 @@ def tuned(column, results):
             if len(seeds) < 2: continue
             rows = rows[rows[column].isin(seeds.index) & rows.seed.isin(range(seeds.min()))]
             o,mean = dict(zip(setting, key)),rows.groupby(column).valid.mean()
-            net = networks[o['model']] + f', dropout {o["p_drop"]:g}'*bool(o['p_drop']) + ', BatchNorm'*bool(o['bn']) + f', wd {o["wd"]:g}'*bool(o['wd']) + f', every={o["every"]}'*(o['every'] > 1)
+            net = (
+                networks[o['model']]
+                + f', dropout {o["p_drop"]:g}' * bool(o['p_drop'])
+                + ', BatchNorm' * bool(o['bn'])
+                + f', wd {o["wd"]:g}' * bool(o['wd'])
+                + f', every={o["every"]}' * (o['every'] > 1)
+            )
             tried = ', '.join(f'{i:g}' for i in mean.index)
-            yield {'data': f'{o["data"]}, {o["n_train"]} points', 'network': net, 'strength': f'{mean.idxmax():g}', 'from': f'our runs: best on validation points of {tried} ({seeds.min()} seeds)'}
+            yield {
+                'data': f'{o["data"]}, {o["n_train"]} points',
+                'network': net,
+                'strength': f'{mean.idxmax():g}',
+                'from': f'our runs: best on validation points of {tried} ({seeds.min()} seeds)',
+            }
 
-def strengths(column, results): return markdown(pd.concat([authors(REGULARIZERS[column].partition(':')[2]), pd.DataFrame(tuned(column, results))]))
+def strengths(column, results):
+    return markdown(
+        pd.concat([authors(REGULARIZERS[column].partition(':')[2]), pd.DataFrame(tuned(column, results))])
+    )
 
 def all_tables(results):
     "Everything that a page may name in double braces on a line of its own."
-    return {f'{kind}_{c}': o for c in REGULARIZERS for kind,o in (('strengths', strengths(c, results)), ('cost', cost(c, results)))}
+    return {
+        f'{kind}_{c}': o
+        for c in REGULARIZERS
+        for kind, o in (('strengths', strengths(c, results)), ('cost', cost(c, results)))
+    }
 
 # ---------------------------------------------------------------- the slider
 
@@ -85,5 +118,8 @@ def slider(results):
     seed = curves.seed.min()
     curves,points = curves[curves.seed == seed].sort_values(['spect_reg', 'x']),points[points.seed == seed]
     of = lambda df, *cols: {c: df[c].round(4).tolist() for c in cols}
-    data = dict(points=of(points, 'x', 'y'), fits=[dict(lam=lam, **of(o, 'x', 'fit', 'slope')) for lam,o in curves.groupby('spect_reg')])
+    data = dict(
+        points=of(points, 'x', 'y'),
+        fits=[dict(lam=lam, **of(o, 'x', 'fit', 'slope')) for lam, o in curves.groupby('spect_reg')],
+    )
     return (here/'slider.html').read_text(encoding='utf-8').replace('DATA', script_data(data))

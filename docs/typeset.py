@@ -1,4 +1,5 @@
-"Mathematics set by KaTeX while the site is built: pages need no script for it, and a formula that KaTeX cannot read is a warning."
+"Mathematics set by KaTeX while the site is built: pages need no script, and a formula it cannot read is a warning."
+
 import json, os, re, shutil, subprocess
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,8 @@ def fetch():
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder.parent) as new:  # the folder has its name only when it is whole
-            if npm(['pack', package, '--loglevel=error', '--pack-destination', new], stdout=subprocess.DEVNULL): raise SystemExit(f'npm could not fetch {package}')
+            pack = ['pack', package, '--loglevel=error', '--pack-destination', new]
+            if npm(pack, stdout=subprocess.DEVNULL): raise SystemExit(f'npm could not fetch {package}')
             shutil.unpack_archive(next(Path(new).glob('*.tgz')), new)
             try: os.rename(f'{new}/package', folder)
             except OSError:
@@ -34,7 +36,13 @@ def fetch():
 @cache
 def node():
     "A node process that answers a line with a formula by a line with its HTML."
-    return subprocess.Popen([f'{ROOT_DIR}/bin/node', '-e', server, str(fetch()/'katex.js')], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding='utf-8')
+    return subprocess.Popen(
+        [f'{ROOT_DIR}/bin/node', '-e', server, str(fetch() / 'katex.js')],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding='utf-8',
+    )
 
 @cache
 def html(tex, display):

@@ -38,19 +38,38 @@ scripts = [pytest.param(code, id=is_script(code)[1]) for p in pages for code in 
 def test_script_of_a_page_runs_in_two_processes(code, tmp_path):
     (tmp_path/'script.py').write_text(code, encoding='utf-8')
     env = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', 'script.py'], cwd=tmp_path, env=env,
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', 'script.py'],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 def test_there_is_a_script(): assert scripts
 
-headings = ['Use as a function', 'Use in training', 'Formula', 'Does it help?', 'Suggested strengths', 'Cost', 'Watch out', 'Source']
+headings = [
+    'Use as a function',
+    'Use in training',
+    'Formula',
+    'Does it help?',
+    'Suggested strengths',
+    'Cost',
+    'Watch out',
+    'Source',
+]
 
 def test_each_regularizer_has_a_card():
     for name,path in REGULARIZERS.items():
         card = read(docs/f'regularizers/{name}.md')
         assert card.startswith(f'# {path.partition(":")[2]}\n') and re.findall('^## (.*)', card, re.M) == headings
-        assert f'{{{{ strengths_{name} }}}}' in card and f'{{{{ cost_{name} }}}}' in card and f'{{{{ helps_{name} }}}}' in card
+        assert (
+            f'{{{{ strengths_{name} }}}}' in card
+            and f'{{{{ cost_{name} }}}}' in card
+            and f'{{{{ helps_{name} }}}}' in card
+        )
 
 def test_each_relative_has_a_card():
     names = {camel2snake(o) for o in relative_callbacks.__all__}
@@ -66,19 +85,41 @@ def test_strengths_of_a_batch_sum_become_those_of_the_mean():
     assert tables.authors('SpectReg').iloc[0].strength == '0.03'
 
 def rows(lam, valids, **kw):
-    base = dict(data='digits', model='lenet5', n_train=100, wd=0., p_drop=0., bn=False, iters=10, bs=25, probe='gaussian', every=1, status='ok', **dict.fromkeys(REGULARIZERS, 0.))
+    base = dict(
+        data='digits',
+        model='lenet5',
+        n_train=100,
+        wd=0.0,
+        p_drop=0.0,
+        bn=False,
+        iters=10,
+        bs=25,
+        probe='gaussian',
+        every=1,
+        status='ok',
+        **dict.fromkeys(REGULARIZERS, 0.0),
+    )
     return [{**base, 'spect_reg': lam, 'seed': i, 'valid': v, **kw} for i,v in enumerate(valids)]
 
 def test_tuned_strength_is_the_best_on_validation_points(tmp_path):
     table = lambda o: pd.DataFrame(o).to_csv(tmp_path/'a.csv', index=False)
-    table(rows(.1, [.9, .9, .9]) + rows(.3, [.8, .9, .9, 1., 1., 1.]) + rows(1., [1., 1., 1.], double_back=1.) + rows(3., [1., 1., 1.], status='diverged'))
+    table(
+        rows(0.1, [0.9, 0.9, 0.9])
+        + rows(0.3, [0.8, 0.9, 0.9, 1.0, 1.0, 1.0])
+        + rows(1.0, [1.0, 1.0, 1.0], double_back=1.0)
+        + rows(3.0, [1.0, 1.0, 1.0], status='diverged')
+    )
     (one,) = tables.tuned('spect_reg', tmp_path)  # later seeds, combinations and failed runs do not count
     assert one['strength'] == '0.1' and '0.1, 0.3 (3 seeds)' in one['from'] and one['data'] == 'digits, 100 points'
     table(rows(.1, [.9, .9, .9]))
     assert not list(tables.tuned('spect_reg', tmp_path))  # nothing was chosen from
 
 def test_a_strength_with_one_run_does_not_hide_a_choice():
-    one, = [o for o in tables.tuned('double_back', root/'nbs/studies/results') if o['data'] == 'mnist, 2000 points' and o['network'] == 'LeNet-5, dropout 0.5, wd 0.0005']
+    (one,) = [
+        o
+        for o in tables.tuned('double_back', root / 'nbs/studies/results')
+        if o['data'] == 'mnist, 2000 points' and o['network'] == 'LeNet-5, dropout 0.5, wd 0.0005'
+    ]
     assert '50, 100, 200 (3 seeds)' in one['from'] and '1000' not in one['from']
 
 def test_cost_is_the_benchmarks():
@@ -106,18 +147,36 @@ def test_no_caption_without_data(tmp_path): assert tables.slider(tmp_path) == ''
 # ---------------------------------------------------------------- what the claims say
 
 def said(tmp_path, *rows):
-    pd.DataFrame(rows, columns=['claim', 'n', 'effect', 'ci95', 'verdict']).to_csv(tmp_path/'claims_digits.csv', index=False)
+    pd.DataFrame(rows, columns=['claim', 'n', 'effect', 'ci95', 'verdict']).to_csv(
+        tmp_path / 'claims_digits.csv', index=False
+    )
     return tmp_path
 
 def test_a_card_shows_the_claims_of_its_regularizer(tmp_path):
-    results = said(tmp_path, ('digits: SpectReg raises accuracy (abstract)', 6, 3.1333, 1.2286, 'confirmed'), ('digits: DoubleBack beats SpectReg', 6, -1., .5, 'contradicted'),
-                   ('SIN: SpectReg lowers the log of the test error (Table 8)', 10, -.6931, .1, 'confirmed'))
-    mine,other = answers.helps('spect_reg', results).splitlines()[2:],answers.helps('double_back', results).splitlines()[2:]
-    assert mine == ['| confirmed | digits: SpectReg raises accuracy (abstract) | +3.13 ± 1.23 points | 6 | [digits](../studies/30_digits.ipynb) |',
-                    '| confirmed | SIN: SpectReg lowers the log of the test error (Table 8) | × 0.50 (0.45 to 0.55) | 10 | [digits](../studies/30_digits.ipynb) |']
+    results = said(
+        tmp_path,
+        ('digits: SpectReg raises accuracy (abstract)', 6, 3.1333, 1.2286, 'confirmed'),
+        ('digits: DoubleBack beats SpectReg', 6, -1.0, 0.5, 'contradicted'),
+        ('SIN: SpectReg lowers the log of the test error (Table 8)', 10, -0.6931, 0.1, 'confirmed'),
+    )
+    mine, other = (
+        answers.helps('spect_reg', results).splitlines()[2:],
+        answers.helps('double_back', results).splitlines()[2:],
+    )
+    assert mine == [
+        (
+            '| confirmed | digits: SpectReg raises accuracy (abstract) | +3.13 ± 1.23 points | 6 |'
+            ' [digits](../studies/30_digits.ipynb) |'
+        ),
+        (
+            '| confirmed | SIN: SpectReg lowers the log of the test error (Table 8) | × 0.50 (0.45 to 0.55) | 10 |'
+            ' [digits](../studies/30_digits.ipynb) |'
+        ),
+    ]
     assert len(other) == 1 and 'contradicted' in other[0]
 
-def test_what_no_run_has_asked_says_so(tmp_path): assert answers.helps('frob_reg', tmp_path) == '*No run has asked this yet.*'
+def test_what_no_run_has_asked_says_so(tmp_path):
+    assert answers.helps('frob_reg', tmp_path) == '*No run has asked this yet.*'
 
 def test_a_result_file_puts_no_script_on_the_page(tmp_path):
     "The data of the slider, found as a browser finds them, are those of the file"

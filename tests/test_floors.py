@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 root = Path(__file__).resolve().parents[1]
-chapters = {m[1]: p.stem for p in (root/'nbs').glob('*.ipynb') if (m := re.match(r'\d\d_(\w+)$', p.stem))}  # in the order of their names one reads them; the tens digit is the floor
+chapters = {
+    m[1]: p.stem for p in (root / 'nbs').glob('*.ipynb') if (m := re.match(r'\d\d_(\w+)$', p.stem))
+}  # in the order of their names one reads them; the tens digit is the floor
 modules = sorted(p for p in (root/'gradreg').glob('*.py') if not p.stem.startswith('_'))
 each_module = pytest.mark.parametrize('path', modules, ids=lambda p: p.stem)
 may_import_fastai = {'data', 'callbacks', 'measures', 'training', 'relative_callbacks', 'unlabelled', 'capture'}
@@ -25,11 +27,22 @@ def faults(importer, names):
     for name in names:
         top,_,rest = name.partition('.')
         room = rest.partition('.')[0]
-        if top == 'gradreg' and not chapters.get(room, '99') < chapters[importer]: yield f'{importer} imports {name}: it may only look down'
-        if top == 'gradreg' and importer == 'plots' and room != 'tables': yield f'plots imports {name}: it knows tables, not runs'
-        if top == 'fastai' and importer not in may_import_fastai: yield f'{importer} imports {name}: only {sorted(may_import_fastai)} may'
-        if top in ('torch', 'fastai', 'fastcore') and importer in ('rows', 'tables', 'claims'): yield f'{importer} imports {name}: it knows rows, not networks'
-        if top in ('fastai', 'fastcore') and importer in ('jacobians', 'penalties', 'relatives', 'double_backward', 'models'): yield f'{importer} imports {name}: torch is enough'
+        if top == 'gradreg' and not chapters.get(room, '99') < chapters[importer]:
+            yield f'{importer} imports {name}: it may only look down'
+        if top == 'gradreg' and importer == 'plots' and room != 'tables':
+            yield f'plots imports {name}: it knows tables, not runs'
+        if top == 'fastai' and importer not in may_import_fastai:
+            yield f'{importer} imports {name}: only {sorted(may_import_fastai)} may'
+        if top in ('torch', 'fastai', 'fastcore') and importer in ('rows', 'tables', 'claims'):
+            yield f'{importer} imports {name}: it knows rows, not networks'
+        if top in ('fastai', 'fastcore') and importer in (
+            'jacobians',
+            'penalties',
+            'relatives',
+            'double_backward',
+            'models',
+        ):
+            yield f'{importer} imports {name}: torch is enough'
 
 def test_every_module_has_a_chapter(): assert {p.stem for p in modules} == set(chapters)
 def test_no_cupboard(): assert not {p.stem for p in modules} & {'core', 'utils', 'common', 'all'}
@@ -37,11 +50,25 @@ def test_no_cupboard(): assert not {p.stem for p in modules} & {'core', 'utils',
 @each_module
 def test_imports_point_down(path): assert not list(faults(path.stem, imports(ast.walk(parse(path)))))
 
-@pytest.mark.parametrize('importer,source', [
-    ('penalties', 'from gradreg.callbacks import SpectReg'), ('penalties', 'from .penalties import sphere'), ('jacobians', 'import gradreg.penalties'),
-    ('callbacks', 'def f():\n    from . import study'), ('plots', 'from .jacobians import vjp'), ('arrays', 'from .data import scale'), ('tables', 'import torch'), ('rows', 'import torch'), ('claims', 'from fastcore.test import test_eq'), ('models', 'import fastcore.basics as b'),
-    ('cli', 'from fastai.learner import Learner'), ('study', 'from gradreg import no_such_room')])
-def test_a_wrong_import_is_seen(importer, source): assert list(faults(importer, imports(ast.walk(ast.parse(source)))))
+@pytest.mark.parametrize(
+    'importer,source',
+    [
+        ('penalties', 'from gradreg.callbacks import SpectReg'),
+        ('penalties', 'from .penalties import sphere'),
+        ('jacobians', 'import gradreg.penalties'),
+        ('callbacks', 'def f():\n    from . import study'),
+        ('plots', 'from .jacobians import vjp'),
+        ('arrays', 'from .data import scale'),
+        ('tables', 'import torch'),
+        ('rows', 'import torch'),
+        ('claims', 'from fastcore.test import test_eq'),
+        ('models', 'import fastcore.basics as b'),
+        ('cli', 'from fastai.learner import Learner'),
+        ('study', 'from gradreg import no_such_room'),
+    ],
+)
+def test_a_wrong_import_is_seen(importer, source):
+    assert list(faults(importer, imports(ast.walk(ast.parse(source)))))
 
 @each_module
 def test_rooms_are_small(path):
@@ -81,7 +108,10 @@ def test_importing_the_package_imports_nothing():
     assert done.stdout.strip() == "['gradreg']", done.stdout + done.stderr
 
 def test_torch_is_enough():
-    done = python("import sys; sys.modules['fastai'] = sys.modules['fastcore'] = None; import gradreg.jacobians, gradreg.penalties, gradreg.relatives, gradreg.double_backward, gradreg.models")
+    done = python(
+        "import sys; sys.modules['fastai'] = sys.modules['fastcore'] = None; import gradreg.jacobians,"
+        " gradreg.penalties, gradreg.relatives, gradreg.double_backward, gradreg.models"
+    )
     assert done.returncode == 0, done.stderr
 
 @pytest.fixture
@@ -95,12 +125,18 @@ def name_of(requirement): return re.match(r'[\w.-]+', requirement)[0]
 def test_version_stands_in_one_place(settings):
     assert (root/'gradreg/__init__.py').read_text().split() == ['__version__', '=', f'"{settings["version"]}"']
 
-def test_requirements_have_no_caps(settings): assert not re.search('[<~!]|==', settings['requirements']), 'caps belong to dev_requirements'
+def test_requirements_have_no_caps(settings):
+    assert not re.search('[<~!]|==', settings['requirements']), 'caps belong to dev_requirements'
 
 def test_what_the_package_imports_arrives_with_it(settings):
     on_pypi = {'sklearn': 'scikit-learn', 'PIL': 'pillow'}
     required = {name_of(o) for o in settings['requirements'].split()}
-    arrives = required | {name_of(o) for r in required for o in requires(r) or [] if ';' not in o}  # what these always bring along
-    needed = {name.split('.')[0] for p in modules for name in imports(parse(p).body)} - {'gradreg', *sys.stdlib_module_names}
+    arrives = required | {
+        name_of(o) for r in required for o in requires(r) or [] if ';' not in o
+    }  # what these always bring along
+    needed = {name.split('.')[0] for p in modules for name in imports(parse(p).body)} - {
+        'gradreg',
+        *sys.stdlib_module_names,
+    }
     missing = {on_pypi.get(o, o) for o in needed} - arrives
     assert not missing, f'add to requirements in settings.ini: {" ".join(sorted(missing))}'

@@ -1,4 +1,5 @@
-"The installed package alone: `make test-latest` runs this with the newest fastai and fastcore, without development tools"
+"The installed package alone: `make test-latest` runs this with the newest fastai and fastcore, without other tools"
+
 import pkgutil, subprocess, sys
 from configparser import ConfigParser
 from importlib.metadata import requires

