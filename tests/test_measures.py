@@ -4,9 +4,12 @@ import pytest, torch
 from torch import nn
 from torch.func import jacrev, vmap
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
 from gradreg.jacobians import lanczos
-from gradreg.measures import accuracy, between, jac_norms, loss_grad_norms, noise_like, spectral_norms
+from gradreg.measures import (accuracy, between, jac_norms, loss_grad_norms, noise_like, sampled_jac_norms,
+                              spectral_norms)
 from gradreg.models import cifar_resnet, lenet5, mlp
 
 f64 = torch.float64
@@ -35,7 +38,8 @@ def oracle(net, x):
     for m, t in zip(net.modules(), modes): m.training = t
     return J
 
-MEASURES = {'jac_norms': jac_norms, 'spectral_norms': spectral_norms, 'loss_grad_norms': lambda m, x, **k: loss_grad_norms(m, x, torch.zeros(len(x), dtype=torch.long), **k)}
+def zero_labels(m, x, **k): return loss_grad_norms(m, x, torch.zeros(len(x), dtype=torch.long), **k)
+MEASURES = {'jac_norms': jac_norms, 'spectral_norms': spectral_norms, 'loss_grad_norms': zero_labels}
 every = pytest.mark.parametrize('measure', MEASURES.values(), ids=MEASURES)
 
 # values
@@ -293,6 +297,133 @@ def test_devices(measure):
         assert_close(measure(net, x), ref, rtol=1e-4, atol=1e-6)
         assert_close(measure(net, x.cuda()), ref.cuda(), rtol=1e-4, atol=1e-6)
 
+# functions, DataLoaders, half precision, what has no second derivative
+@every
+@pytest.mark.parametrize('c', [3, 40])
+def test_any_function(measure, c):
+    net, x = make('lenet5', c)
+    ref = measure(net, x)
+    modes = [m.training for m in net.train().modules()]
+    assert_close(measure(net.forward, x), ref)                    # a method: its module goes into eval mode
+    assert modes == [m.training for m in net.modules()]
+    net.eval()
+    for f in lambda x: net(x), lambda x: {'logits': net(x)}['logits']: assert_close(measure(f, x), ref)
+    with pytest.raises(ValueError, match='returned a dict, .*lambda x: model'): measure(lambda x: {'logits': net(x)}, x)
+
+def test_a_function_of_the_inputs_alone():
+    x = torch.randn(5, 3, dtype=f64)
+    assert_close(jac_norms(torch.sin, x), x.cos().norm(dim=1))
+    assert_close(spectral_norms(torch.sin, x), x.cos().abs().amax(1))
+    assert_close(jac_norms(lambda x: x.prod(1), x), (x.prod(1, keepdim=True)/x).norm(dim=1))  # (N,) counts as (N,1)
+
+@every
+def test_dataloaders(measure):
+    from fastai.data.core import DataLoader as FastaiLoader, DataLoaders
+    net, x = make('lenet5', 3, n=7)
+    ref = measure(net, x)
+    y = torch.zeros(7, dtype=torch.long)
+    f = loss_grad_norms if measure is MEASURES['loss_grad_norms'] else measure
+    pairs = TensorDataset(x, y)
+    for dl in DataLoader(pairs, batch_size=3), FastaiLoader(pairs, bs=3), DataLoader(pairs, batch_size=7):
+        rng = torch.get_rng_state()
+        assert_close(f(net, dl, bs=2), ref)
+        assert torch.equal(torch.get_rng_state(), rng)
+    both = DataLoaders(DataLoader(pairs), DataLoader(pairs))
+    with pytest.raises(TypeError, match='is a DataLoaders: pass a tensor or one DataLoader'): f(net, both)
+    with pytest.raises(ValueError, match='empty'): f(net, DataLoader([]))
+
+def test_dataloaders_with_and_without_targets():
+    net, x = make('lenet5', 3, n=7)
+    y = torch.arange(7) % 3
+    assert accuracy(net, DataLoader(TensorDataset(x, y), batch_size=2)) == accuracy(net, x, y)
+    for dl in DataLoader(TensorDataset(x), batch_size=2), DataLoader(x, batch_size=2):
+        assert_close(jac_norms(net, dl), jac_norms(net, x))
+        with pytest.raises(ValueError, match='1 tensors a batch, not inputs and targets'): accuracy(net, dl)
+    with pytest.raises(TypeError, match='y is a NoneType'): accuracy(net, x)
+
+@every
+@pytest.mark.parametrize('c', [3, 40])
+@pytest.mark.parametrize('dtype,rtol', [(torch.bfloat16, .05), (torch.float16, .01)])
+def test_half_precision(measure, c, dtype, rtol):
+    "Inputs of any precision, results in float32, as near to the same weights in float64 as the precision allows"
+    net, x = make('tanh', c)
+    net, x = net.to(dtype), x.to(dtype)
+    twin, _ = make('tanh', c)
+    twin.load_state_dict(net.state_dict())
+    for inputs in x, x.float(), x.double():
+        got = measure(net, inputs)
+        assert got.dtype == torch.float32
+        assert_close(got.double(), measure(twin, x.double()), rtol=rtol, atol=1e-3)
+
+@every
+@pytest.mark.parametrize('c', [3, 40])
+def test_inputs_in_another_precision(measure, c):
+    net, x = make('tanh', c)
+    assert measure(net, x.float()).dtype == f64 and measure(net.float(), x).dtype == torch.float32
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.mix, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, c)
+    def forward(self, x): return self.head(self.mix(x, x, x, need_weights=False)[0].mean(1))
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): ctx.save_for_backward(x); return x.tanh()
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g): return g*(1 - ctx.saved_tensors[0].tanh()**2)
+
+@every
+@pytest.mark.parametrize('c', [3, 40])
+def test_what_has_no_second_derivative(measure, c):
+    torch.manual_seed(0)
+    x, net = torch.randn(5, 6, 4, dtype=f64), Attention(c).double()
+    got = measure(net, x)
+    with sdpa_kernel(SDPBackend.MATH): assert_close(got, measure(net, x), rtol=1e-5, atol=0)
+    s = torch.linalg.svdvals(oracle(net, x))
+    if measure is spectral_norms: assert_close(got, s[:, 0], rtol=1e-5, atol=0)
+    if measure is jac_norms: assert_close(got, s.norm(dim=1))
+    plain, x = make('tanh', c)
+    assert_close(measure(lambda x: plain[3](Once.apply(plain[:2](x))), x), measure(plain, x), rtol=1e-5, atol=0)
+
+@pytest.mark.parametrize('name,c', [('tanh', 3), ('tanh', 200), ('linear', 1)])
+def test_sampled_norms(name, c):
+    "Right within their standard errors, which are right themselves; at 4 times as many directions half as large"
+    net, x = make(name, c)
+    x = x.repeat(40, *[1]*(x.ndim - 1))
+    exact, state = jac_norms(net, x), torch.get_rng_state()
+    errors = []
+    for n in 16, 64:
+        norms, se = sampled_jac_norms(net, x, n=n, bs=64)
+        assert norms.shape == se.shape == (200,)
+        off = (norms - exact)/se.clamp(min=1e-9)
+        assert c == 1 or .85 < off.square().mean().sqrt() < 1.25
+        assert abs(off.mean()) < 4/200**.5 + .15  # the root of an unbiased estimate is a little low
+        errors.append(se.mean().item())
+    assert c == 1 and max(errors) < 1e-9 or 1.8 < errors[0]/errors[1] < 2.2
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(norms, sampled_jac_norms(net, x, n=64, bs=64)[0])
+    assert c == 1 or not torch.equal(norms, sampled_jac_norms(net, x, n=64, bs=64, seed=1)[0])
+
+def test_sampled_norms_of_maps():
+    torch.manual_seed(0)
+    net, x = nn.Conv2d(1, 2, 3).double(), torch.randn(2, 1, 5, 5, dtype=f64)
+    exact = vmap(jacrev(lambda o: net(o[None])[0]))(x).flatten(1).norm(dim=1)
+    norms, se = sampled_jac_norms(net, x, n=2000)
+    assert ((norms - exact).abs() < 4*se).all() and (se < .02*exact).all()
+    with pytest.raises(ValueError, match='sampled_jac_norms takes outputs of any shape'): jac_norms(net, x)
+    with pytest.raises(ValueError, match='at least 2, not 1'): sampled_jac_norms(net, x, n=1)
+
+@every
+def test_examples_that_depend_on_each_other_are_measured_alike_each_time(measure):
+    class Normed(nn.Module):
+        def __init__(self): super().__init__(); self.net = nn.Linear(12, 3).double()
+        def forward(self, x): return self.net((x - x.mean(0))/x.std(0)).tanh()
+    torch.manual_seed(0)
+    net, x = Normed(), torch.randn(6, 12, dtype=f64)
+    assert torch.equal(measure(net, x), measure(net, x))
+
 # refusals
 @every
 @pytest.mark.parametrize('x,error,match', [
@@ -307,8 +438,8 @@ def test_bad_models_and_sizes(measure):
     net, x = linear(3), torch.randn(4, 12)
     for bs in 0, -1:
         with pytest.raises(ValueError, match=f'bs.*{bs}'): measure(net, x, bs=bs)
-    for model in 'net', None, F.relu:
-        with pytest.raises(TypeError, match='pass an nn.Module or a Learner'): measure(model, x)
+    for model in 'net', None, 3:
+        with pytest.raises(TypeError, match='pass an nn.Module, a Learner, or a function'): measure(model, x)
     with pytest.raises(ValueError, match=r'\(4, 3, 1\).*needs logits'): measure(nn.Sequential(net, nn.Unflatten(1, (3, 1))), x)
     class Pair(nn.Module):
         def forward(self, x): return x, x
@@ -320,7 +451,7 @@ def test_lengths_must_agree():
         with pytest.raises(TypeError, match='y is a list'): f(linear(3), torch.randn(2, 12), [0, 1])
         with pytest.raises(ValueError, match=r'4 examples, but y has shape \(3,\)'): f(linear(3), torch.randn(4, 12), torch.zeros(3, dtype=torch.long))
 
-@pytest.mark.parametrize('kw', [{'tol': -1e-3}, {'max_iter': 0}])
+@pytest.mark.parametrize('kw', [{'tol': -1e-3}, {'tol': float('nan')}, {'max_iter': 0}])
 def test_bad_stopping_rule(kw):
     with pytest.raises(ValueError, match='tol must be at least 0'): spectral_norms(linear(3), torch.randn(4, 12), **kw)
 
