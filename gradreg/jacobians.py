@@ -72,7 +72,7 @@ _WAYS = {'scaled_dot_product': "run the forward pass under torch.nn.attention.sd
          'compile': 'penalise the model as it was before torch.compile, and compile it after training'}
 
 class NoSecondDerivative(ValueError):
-    "The backward pass of an operation between `x` and `y` cannot be differentiated again, as training with a penalty must."
+    "The backward pass of an operation between `x` and `y` cannot be differentiated again, as training must."
     def __init__(self,
         op:str,      # the operation, as PyTorch names it
         layer:str='' # the layer that runs it, if known
@@ -84,8 +84,6 @@ class NoSecondDerivative(ValueError):
         return f"{self.op}{self.layer and f' in {self.layer}'} has no second derivative, which a penalty needs: {way}"
 
 # %% ../nbs/00_jacobians.ipynb #1212ba31
-_once = once_differentiable(len).__code__  # all functions so marked share it
-
 def _nodes(*roots):
     "All nodes of the graphs that begin at `roots`."
     seen, todo = set(), [*roots]
@@ -101,22 +99,26 @@ def _leads_to(node, x):
     below = _nodes(*[n for n, _ in node.next_functions])
     return any(n is x.grad_fn or getattr(n, 'variable', None) is x for n in below)
 
-def _refusal(g, nodes):
-    "What PyTorch says when it differentiates `g` in all leaves, None if it does."
-    leaves = [n.variable for n in nodes if hasattr(n, 'variable')]
-    try: torch.autograd.grad(g, leaves, torch.zeros_like(g), retain_graph=True, allow_unused=True)
-    except RuntimeError as e: return str(e)
-
 # %% ../nbs/00_jacobians.ipynb #94994f82
+_once = once_differentiable(len).__code__  # all functions that are so marked share it
+
+def _marked_once(node):
+    backward = getattr(getattr(node, '_forward_cls', None), 'backward', None)
+    return getattr(backward, '__code__', None) is _once
+
+def _refusal(g, nodes):
+    "What PyTorch says when it differentiates `g` in all leaves, None if it does or need not."
+    leaves = [n.variable for n in nodes if hasattr(n, 'variable')]
+    if not g.requires_grad or not any(re.search('NotImplemented|Error|Compiled', n.name()) for n in nodes): return
+    try: torch.autograd.grad(g, leaves, torch.zeros_like(g), retain_graph=True, allow_unused=True)
+    except RuntimeError as e: return (re.findall(r'aten::(\w+)', str(e)) or str(e).splitlines())[0]
+
 def _differentiable_again(g, y, x):
     "`g`, the gradient of `y` in `x`, unless a backward pass through it would fail, or miss something without a word."
     if not torch.is_grad_enabled() or torch.compiler.is_compiling(): return g
     nodes = _nodes(g.grad_fn, y.grad_fn)
-    once = [n for n in nodes if getattr(getattr(n, '_forward_cls', None), 'backward', len) is not len
-            and n._forward_cls.backward.__code__ is _once and _leads_to(n, x)]
-    if once: raise NoSecondDerivative(once[0]._forward_cls.__name__)
-    if any(re.search('NotImplemented|Error|Compiled', n.name()) for n in nodes) and (why := _refusal(g, nodes)):
-        raise NoSecondDerivative(next(iter(re.findall('aten::(\\w+)', why)), why.split('\n')[0]))
+    once = [n._forward_cls.__name__ for n in nodes if _marked_once(n) and _leads_to(n, x)]
+    if op := once[0] if once else _refusal(g, nodes): raise NoSecondDerivative(op)
     return g
 
 # %% ../nbs/00_jacobians.ipynb #d00e0002
@@ -178,17 +180,21 @@ def unit_rows(
     return rows
 
 # %% ../nbs/00_jacobians.ipynb #ccc76628
+def _getter(y, rows):
+    if rows is None: return partial(unit_rows, y)
+    if isinstance(rows, Tensor): return lambda i, j: rows[i:j] if rows.ndim else rows
+    if callable(rows): return rows
+    raise TypeError(f"rows is a {type(rows).__name__}: pass a tensor (K,C), or a function (i, j) -> rows i to j")
+
 def _blocks(y, rows):
     "`rows` a block (k,C) at a time, so small that its directions for all examples have bounded memory."
     n, c = y.shape
-    if isinstance(rows, Tensor): get = lambda i, j: rows[i:j]
-    else: get = rows or partial(unit_rows, y)
-    k = max(1, min(32, 2**24//max(1, n*c)))
+    get, k = _getter(y, rows), max(1, min(32, 2**24//max(1, n*c)))
     for i in count(0, k):
         block = get(i, i+k)
         if block.ndim != 2 or block.shape[1] != c or not i and not len(block):
-            raise ValueError(f"rows has shape {tuple(getattr(rows, 'shape', block.shape))}, but y has {tuple(y.shape)}: "
-                             f"(K,{c}) with K at least 1 is needed")
+            shape = tuple(rows.shape if isinstance(rows, Tensor) else block.shape)
+            raise ValueError(f"rows has shape {shape}, but y has {tuple(y.shape)}: (K,{c}) with K at least 1 is needed")
         if len(block): yield block
         if len(block) < k: return
 
@@ -210,10 +216,11 @@ def jacobian_rows(
     _check(y, x)
     if y.ndim == 1: y = y.unsqueeze(1)
     if y.ndim != 2:
-        raise ValueError(f"y has shape {tuple(y.shape)}, but its Jacobian needs (N,C): `vjp` and `spect_reg` take any shape "
-                         f"in one backward pass, y.flatten(1) takes {y[:1].numel()}")
-    for i, part in enumerate(_all_rows(y, x, rows, signs)): yield part if i else _differentiable_again(part, y, x)
+        raise ValueError(f"y has shape {tuple(y.shape)}, but its Jacobian needs (N,C): `vjp` and `spect_reg` take any "
+                         f"shape in one backward pass, y.flatten(1) takes {y[:1].numel()}")
+    for i, J in enumerate(_all_rows(y, x, rows, signs)): yield J if i else _differentiable_again(J, y, x)
 
+# %% ../nbs/00_jacobians.ipynb #c4376a9c
 def jacobian(
     y:Tensor, # outputs computed from `x`, (N,C), or (N,) for one each
     x:Tensor, # inputs or any tensor of the graph that `y` depends on, requires grad, (N,*D)

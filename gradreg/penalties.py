@@ -55,7 +55,8 @@ def sums_examples(
 @lru_cache(maxsize=None)
 def _own(device): return torch.Generator(device).manual_seed(0)
 
-def _draw(y, k, generator): return (torch.randint(2, (k, len(y)), generator=generator, device=y.device)*2 - 1).to(y.dtype)
+def _draw(y, k, generator):
+    return (torch.randint(2, (k, len(y)), generator=generator, device=y.device)*2 - 1).to(y.dtype)
 
 @torch.library.custom_op('gradreg::signs', mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
 def _own_signs(y:Tensor, k:int)->Tensor: return _draw(y, k, _own(y.device))  # an operation, so that it can be compiled
@@ -73,7 +74,7 @@ def frob_reg(
     *,
     generator:torch.Generator|None=None # of the signs; one of this module's own, seeded once, unless given
 )->Tensor: # (N,)
-    "Squared Frobenius norm of the logits' Jacobian, exact, by C backward passes (paper, section 2.1; Jakubovitz and Giryes 2018)."
+    "Squared Frobenius norm of the logits' Jacobian: C backward passes (paper, 2.1; Jakubovitz and Giryes 2018)."
     return sum(sq_norm(J) for J in jacobian_rows(y, x, rows, partial(_signs, y, generator)))
 
 # %% ../nbs/01_penalties.ipynb #264b49f1
@@ -90,6 +91,7 @@ def contrasts(
     j = last if j is None else min(j, last)
     return unit_rows(p, i, j) - w[i:max(i, j)].outer(w)/w[-1]
 
+# %% ../nbs/01_penalties.ipynb #d6ef11b0
 def _columns(y): return y.unsqueeze(1) if y.ndim == 1 else y  # (N,) counts as (N,1)
 
 def jac_reg(
@@ -98,8 +100,8 @@ def jac_reg(
     *,
     generator:torch.Generator|None=None # of the signs; one of this module's own, seeded once, unless given
 )->Tensor: # (N,)
-    "Squared Frobenius norm of the probabilities' Jacobian, exact, by C-1 backward passes (paper, section 2.1; Sokolic et al. 2017)."
-    with torch.enable_grad(): p = _columns(logits).softmax(1)  # to differentiate it, also where the result needs no graph
+    "Squared Frobenius norm of the probabilities' Jacobian: C-1 backward passes (paper, 2.1; Sokolic et al. 2017)."
+    with torch.enable_grad(): p = _columns(logits).softmax(1)  # to differentiate it, also where the result has no graph
     return frob_reg(p, x, partial(contrasts, p), generator=generator)
 
 # %% ../nbs/01_penalties.ipynb #d01e0012
@@ -144,6 +146,7 @@ def sphere(
     r = gaussian(logits, generator=generator)
     return F.normalize(r.unsqueeze(-1).flatten(1), dim=1).view_as(r)
 
+# %% ../nbs/01_penalties.ipynb #8abbda6b
 def rademacher(
     logits:Tensor, # shape, dtype and device are taken from here, (N,C)
     *, generator:torch.Generator|None=None # what draws; PyTorch's global one unless given
@@ -158,7 +161,7 @@ def spect_reg(
     v:Tensor|None=None, # probe of the logits' shape; a fresh `gaussian(logits)` unless given
     *, generator:torch.Generator|None=None # what draws that; PyTorch's global one unless given
 )->Tensor: # (N,)
-    "Squared norm of one random projection of the logits' Jacobian, by one backward pass (paper, section 2.1 and figure 1)."
+    "Squared norm of one random projection of the logits' Jacobian: one backward pass (paper, 2.1 and figure 1)."
     return sq_norm(vjp(logits, x, gaussian(logits, generator=generator) if v is None else v))
 
 # %% ../nbs/01_penalties.ipynb #d01e0022
@@ -204,13 +207,13 @@ def drawn(
 # %% ../nbs/01_penalties.ipynb #76ee72b6
 def _one_direction(probe, logits, **kw):
     v = probe(logits[:1], **kw)
-    if not isinstance(v, Tensor): raise TypeError(f"the probe returned a {type(v).__name__}, not a direction (1,C)")
+    if not isinstance(v, Tensor): raise TypeError(f"the probe returned a {type(v).__name__}, not a tensor")
     return v.expand_as(logits)
 
 def one_direction(
     probe # `gaussian`, `sphere`, `rademacher` or any function of the logits
 ): # a probe of the same arguments: (N,C) -> (N,C), all rows equal
-    "The probe that draws once and gives the whole batch the same row, as the authors' code did (Figure 1 draws N rows)."
+    "The probe that draws once and gives the whole batch the same row, as the authors' code did."
     return update_wrapper(partial(_one_direction, probe), probe)
 
 # %% ../nbs/01_penalties.ipynb #d01e0032
