@@ -2,7 +2,7 @@
 import json, re
 from pathlib import Path
 import pandas as pd
-from gradreg.runs import REGULARIZERS
+from gradreg.runs import DATA, REGULARIZERS
 
 here = Path(__file__).resolve().parent
 root = here.parent
@@ -67,7 +67,7 @@ def tuned(column, results):
     others = [o for o in REGULARIZERS if o != column]
     for path in sorted(results.glob('*.csv')):
         df = pd.read_csv(path)
-        if not {*setting, *REGULARIZERS, 'valid', 'seed', 'status'} <= set(df) or 'sin' in set(df.data): continue
+        if not {*setting, *REGULARIZERS, 'valid', 'seed', 'status'} <= set(df) or {*DATA} & {*df.data}: continue
         if 'shared_probe' in df: df = df[df.shared_probe != True]  # blank in older rows
         df = df[(df.status == 'ok') & (df[column] > 0) & (df[others] == 0).all(axis=1)]
         for key,rows in df.groupby(setting):

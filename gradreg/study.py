@@ -42,6 +42,10 @@ def cost(
     "Estimated work of a run: each backward pass of a penalty, of ten outputs, costs about a plain step (section 2.4)."
     return r.iters*(1 + sum(cb.passes(10) for cb in penalties(r))/r.every)
 
+def _bar(name, todo):
+    form = '{desc} {percentage:3.0f}%|{bar:30}| {elapsed} elapsed, {remaining} left{postfix}'
+    return tqdm(total=sum(map(cost, todo)), desc=f'{name}: {len(todo)} runs', bar_format=form, smoothing=.1)
+
 def _failed(r, e): return dict(asdict(r), status=f'{type(e).__name__}: {" ".join(str(e).split())[:300]}')
 
 def _job(r, device, work, owner=None, path=()):
@@ -82,6 +86,7 @@ def on_ray(
     gpus = min(1, ray.cluster_resources().get('GPU', 0))
     yield from _flights(ray, ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(_job), iter(todo), jobs, device, work)
 
+# %% ../nbs/20_study.ipynb #a668f2d7
 def _flights(ray, job, waiting, jobs, device, work):
     flying = {}
     def start(n): flying.update((job.remote(r, device, work, None, _path()), r) for r in itertools.islice(waiting, n))
@@ -117,8 +122,8 @@ class _Claims:
 class _Sweep:
     "Trains runs of one result file: what is missing, what nobody else is at, and each once."
     def __init__(self, path, jobs, backend, device, work, claims):
-        self.path,self.jobs,self.backend,self.device,self.work,self.claims = path,jobs,backend,device,work,claims
-        self.tried = set()
+        self.path,self.jobs,self.claims,self.tried = path,jobs,claims,set()
+        self.rows = lambda todo, jobs: resolve(BACKENDS[backend])(filter(self.mine, todo), jobs, device, work)
 
     def mine(self, r):
         if not self.claims.take(r): return False
@@ -126,12 +131,9 @@ class _Sweep:
         return self.claims.leave(r) or False
 
     def train(self, todo):
-        form = '{desc} {percentage:3.0f}%|{bar:30}| {elapsed} elapsed, {remaining} left{postfix}'
         # no more than there are runs, but a worker of its own for a single one, which might be killed
         jobs = self.jobs if self.jobs in (None, 1) else max(2, min(self.jobs, len(todo)))
-        rows = resolve(BACKENDS[self.backend])(filter(self.mine, todo), jobs, self.device, self.work)
-        with closing(rows), tqdm(total=sum(map(cost, todo)), desc=f'{self.path.stem}: {len(todo)} runs',
-                                 bar_format=form, smoothing=.1) as bar:
+        with closing(self.rows(todo, jobs)) as rows, _bar(self.path.stem, todo) as bar:
             for i,(r,row) in enumerate(rows, 1):
                 append_row(self.path, row, _KEY)
                 self.claims.leave(r)
@@ -148,6 +150,7 @@ def _train_all(sweep, todo):
         left = _missing(todo, sweep.path)
         for part in (left[sweep.jobs:], *([r] for r in left[:sweep.jobs])): _train_all(sweep, part)
 
+# %% ../nbs/20_study.ipynb #97980f1c
 def _share(todo, path, *how):
     "Train what is free, until all runs have a row, from here or from another process."
     with _Claims(path) as claims:
@@ -162,6 +165,8 @@ def _share(todo, path, *how):
                 said = time.sleep(1) or True
 
 # %% ../nbs/20_study.ipynb #23b9e4ce
+_train_one = run  # under a name that no argument hides
+
 def _kinds(runs):
     "One run for each kind, as short as can be."
     def kind(r):
@@ -189,6 +194,7 @@ def _default_jobs(device):
     if device: return cpu_count() if str(device).startswith('cpu') else 1
     return torch.cuda.device_count() or cpu_count()
 
+# %% ../nbs/20_study.ipynb #7b3ef8f4
 def _asked(jobs, backend, device):
     "What the call leaves open as the environment has it, or else by default."
     said = settings()
@@ -222,8 +228,6 @@ def run_all(
     for status in df.status[~df.status.isin(DONE)]:
         warnings.warn(f'a run failed and will be tried again next time: {status}')
     return df
-
-_train_one = run
 
 # %% ../nbs/20_study.ipynb #8d9fde20
 def choose(

@@ -26,8 +26,7 @@ from .callbacks import GradReg
 from .data import image_loaders
 from .measures import between, jac_norms, noise_like
 from .penalties import global_generator, one_direction
-from .runs import (DATA, NETWORKS, OPTIMIZERS, PROBES, REGULARIZERS, TASKS, Run, Task, halvings,
-                          settings)
+from .runs import DATA, NETWORKS, OPTIMIZERS, PROBES, REGULARIZERS, TASKS, Run, Task, halvings, settings
 try: import resource
 except ImportError: resource = None  # Windows has none
 
@@ -71,6 +70,7 @@ def loaders(
     if not len(dls.train): raise ValueError(f"bs={r.bs}: {r.data} gives no whole batch to train on")
     return dls
 
+# %% ../nbs/13_training.ipynb #95b2b158
 def _task(dls):
     if isinstance(dls.task, Task): return dls.task
     if dls.task in TASKS: return TASKS[dls.task]
@@ -198,6 +198,7 @@ def _coarse(model, device):
     try: yield
     finally: del model.forward
 
+# %% ../nbs/13_training.ipynb #a7828ced
 @contextmanager
 def _products(tf32):
     "Convolutions and matrix products of float32 with factors of 10 bits, or without."
@@ -215,10 +216,10 @@ def arithmetic(
     learn:Learner # of that run
 ):
     "The precision of a run, for its training and its measures."
-    device = learn.dls.device
-    if r.precision == 'tf32' and device.type != 'cuda':
-        raise ValueError(f"precision='tf32' on {device}: only NVIDIA's GPUs have it, take float32")
-    with _products(r.precision == 'tf32'), _coarse(learn.model, device) if r.precision == 'bf16' else nullcontext(): yield
+    if r.precision == 'tf32' and learn.dls.device.type != 'cuda':
+        raise ValueError(f"precision='tf32' on {learn.dls.device}: only NVIDIA's GPUs have it, take float32")
+    coarse = _coarse(learn.model, learn.dls.device) if r.precision == 'bf16' else nullcontext()
+    with _products(r.precision == 'tf32'), coarse: yield
 
 # %% ../nbs/13_training.ipynb #723215a5
 def _device(device):
@@ -227,6 +228,11 @@ def _device(device):
     except (RuntimeError, AssertionError, TypeError) as e:
         raise ValueError(f"device={device!r}: {str(e).splitlines()[0]}") from None
 
+class _Learner(Learner):
+    def _backward(self): # the inputs require grad for the penalty's sake, but their gradient of the loss is of no use
+        self.loss_grad.backward(inputs=[p for p in self.model.parameters() if p.requires_grad])
+
+# %% ../nbs/13_training.ipynb #66bb7d87
 def learner(
     r:Run,      # what to train
     device=None # where; fastai's default device if None, the CPU in place of MPS
@@ -241,10 +247,6 @@ def learner(
     if dls.device.type == 'cuda' and ':' not in str(r): cbs.append(resolve('gradreg.capture:CudaGraph')())  # not own
     return _Learner(dls, model, loss_func=loss() if isinstance(loss, type) else loss, opt_func=_opt_func(r),
                     default_cbs=False, cbs=cbs)
-
-class _Learner(Learner):
-    def _backward(self): # the inputs require grad for the penalty's sake, but their gradient of the loss is of no use
-        self.loss_grad.backward(inputs=[p for p in self.model.parameters() if p.requires_grad])
 
 # %% ../nbs/13_training.ipynb #fe33372f
 @contextmanager
@@ -305,9 +307,8 @@ def _outcome(r, learn, n=None, points=64):
 @lru_cache
 def _git():
     here = Path(getfile(GradReg)).parent  # the package, wherever one stands
-    ask = ['git', 'rev-parse', '--short', 'HEAD']
-    try: done = subprocess.run(ask, cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError): return ''
+    try: done = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=here, capture_output=True, text=True)
+    except OSError: return ''
     return done.stdout.strip()
 
 def machine(

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from fastai.callback.core import Callback, CancelFitException
 from gradreg.arrays import find_arrays
-from gradreg.runs import PROTOCOL, Run, halvings
+from gradreg.runs import DATA, PROTOCOL, Run, halvings
 from gradreg.training import Trace, arithmetic, learner, one_thread, run
 from gradreg.rows import load_rows
 
@@ -27,7 +27,7 @@ def run_of(row):
     return Run(**{k: default[k] if k not in row or pd.isna(row[k]) else row[k] for k in KEY})
 
 def needs(name):
-    if name not in ('sin', 'digits') and not find_arrays(name):
+    if name not in (*DATA, 'digits') and not find_arrays(name):
         pytest.skip(f'{name} is not on this machine: set GRADREG_DATA')
 
 def test_there_are_rows(): assert {'digits', 'sin', 'mnist', 'beyond'} <= set(files)
@@ -44,7 +44,7 @@ def test_rows_are_whole(df):
         and (ok[['seconds', 'peak_mb']] > 0).all(axis=None)
         and ok.commit.str.len().ge(7).all()
     )
-    images = ok[ok.data != 'sin']
+    images = ok[~ok.data.isin(DATA)]
     assert images[['test', 'valid', 'train']].map(lambda o: 0 <= o <= 1).all(axis=None)
 
 def twins():

@@ -655,3 +655,12 @@ def test_ray(ray_head, path, monkeypatch):
     for i in (1, 2): assert metrics(run(runs[i])) == metrics(df.iloc[i])
     monkeypatch.setitem(BACKENDS, 'ray', refuse)
     pd.testing.assert_frame_equal(run_all(runs[:5], path, jobs=2, backend='ray'), df[:5], check_dtype=False)
+
+
+def test_ones_own_network_on_ray(ray_head, path, monkeypatch):
+    "A module of the caller's folder, which the cluster was not told of when it was started"
+    text = 'from gradreg.models import mlp\ndef net(n_out): return mlp((1, 8, n_out))'
+    (path.parent/'my_ray_nets.py').write_text(text)
+    monkeypatch.syspath_prepend(path.parent)
+    runs = grid(replace(SIN, model='my_ray_nets:net'), seed=range(3))
+    assert run_all(runs, path, jobs=2, backend='ray').status.tolist() == ['ok']*3
