@@ -140,7 +140,8 @@ def layer_of(
     "The innermost layer that runs an operation, by another forward pass."
     found = []
     def hook(name, module, args, kwargs, out):
-        if not found and _has(op, out) and not _has(op, (args, kwargs)): found.append(f"{name} ({type(module).__name__})")
+        if found or not _has(op, out) or _has(op, (args, kwargs)): return
+        found.append(f"{name} ({type(module).__name__})")
     with ExitStack() as hooks, suppress(Exception):
         for name, m in model.named_modules():
             hooks.enter_context(m.register_forward_hook(partial(hook, name), with_kwargs=True))

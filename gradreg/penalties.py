@@ -126,7 +126,8 @@ def class_axis(
     loss = _unwrapped(loss_func)
     kind = getattr(loss, 'func', loss)  # fastai's losses and functools.partial keep it there
     if _is(kind, _VALUES):
-        raise ValueError(f"{loss} makes no probabilities of the outputs: take frob_reg or spect_reg, or a loss of logits")
+        raise ValueError(f"{loss} makes no probabilities of the outputs: take frob_reg or spect_reg, "
+                         "or a loss of logits")
     if _is(kind, _SIGMOIDS) or _says_sigmoid(loss): return None
     return getattr(loss, 'axis', 1)
 
@@ -202,7 +203,7 @@ def drawn(
         for o in () if takes else dict.fromkeys(generators): stack.enter_context(_drawing_from(o))
         v = probe(logits, generator=g) if takes else probe(logits)
     if isinstance(v, Tensor): return v
-    raise TypeError(f"the probe returned a {type(v).__name__}, not a direction of the logits' shape {tuple(logits.shape)}")
+    raise TypeError(f"the probe returned a {type(v).__name__}, not a direction of shape {tuple(logits.shape)}")
 
 # %% ../nbs/01_penalties.ipynb #76ee72b6
 def _one_direction(probe, logits, **kw):
@@ -222,7 +223,7 @@ def find_layer(
     at # a layer's name, as `model.named_modules()` has it, or a function model -> layer
 )->nn.Module:
     "The layer that `at` names, or picks."
-    names = dict(model.named_modules())
+    names = {name: m for name, m in model.named_modules() if name}  # not the network itself
     module = names.get(at) if isinstance(at, str) else at
     if callable(module) and not isinstance(module, nn.Module): module = module(model)
     if isinstance(module, nn.Module): return module
@@ -250,7 +251,7 @@ def outputs_of(
     at,   # a layer's name, as `model.named_modules()` has it, or a function model -> layer
     n:int # examples in the batch, N
 ): # a context around the forward pass, which gives a list: after it, a tensor (N,*D) for each call of the layer
-    "What a layer gives in the forward pass, to penalise in: `with outputs_of(model, 'emb', len(ids)) as xs: y = model(ids)`."
+    "What a layer gives in a forward pass, to penalise in: `with outputs_of(model, 'emb', n) as xs: y = model(ids)`."
     found = []
     handle = find_layer(model, at).register_forward_hook(partial(_keep, found, at, n))
     try: yield found

@@ -1248,7 +1248,7 @@ def test_at_says_the_same_in_three_ways():
     learn = learner(cb)
     cb.at = learn.model[4]
     assert same(want, run(learn))
-    for at in 'head', '9', lambda model: None, 4:
+    for at in 'head', '9', '', lambda model: None, 4:
         with pytest.raises(ValueError, match=r'is no layer: .*such as '): fit(FrobReg(1., at=at))
 
 def test_at_a_layer_whose_output_is_overwritten():
