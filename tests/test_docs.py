@@ -72,7 +72,7 @@ def test_each_regularizer_has_a_card():
         )
 
 def test_each_relative_has_a_card():
-    names = {camel2snake(o) for o in relative_callbacks.__all__}
+    names = {camel2snake(o) for o in relative_callbacks.__all__ if isinstance(getattr(relative_callbacks, o), type)}
     assert {p.stem for p in docs.glob('regularizers/*.md')} == {*REGULARIZERS, *names}
     for name in names:
         card = read(docs/f'regularizers/{name}.md')
