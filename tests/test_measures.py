@@ -16,10 +16,15 @@ f64 = torch.float64
 def linear(c, d=12): return nn.Linear(d, c)
 def tanh_net(c): return nn.Sequential(nn.Flatten(), nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, c))
 def inplace_net(c): return nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12, c))
-def bn_net(c): return nn.Sequential(nn.Conv2d(3, 5, 2), nn.BatchNorm2d(5), nn.ReLU(), nn.Dropout(.5), nn.Flatten(), nn.Linear(5, c))
-NETS = {'tanh': (tanh_net, (3, 2, 2)), 'linear': (linear, (12,)), 'flat mlp': (lambda c: mlp((12, 8, c)), (12,)), 'mlp of images': (lambda c: mlp((12, 8, c)), (3, 2, 2)),
-        'sequence': (tanh_net, (4, 3)), 'one number': (lambda c: mlp((1, 8, c)), (1,)), 'bn+dropout': (bn_net, (3, 2, 2)), 'in place': (inplace_net, (3, 2, 2)),
-        'lenet5': (lambda c: lenet5(c, p_drop=.5, bn=True), (1, 28, 28)), 'resnet': (lambda c: cifar_resnet(c, 3, 1), (3, 6, 6))}
+def bn_net(c):
+    return nn.Sequential(nn.Conv2d(3, 5, 2), nn.BatchNorm2d(5), nn.ReLU(), nn.Dropout(.5),
+                         nn.Flatten(), nn.Linear(5, c))
+def small_mlp(c): return mlp((12, 8, c))
+NETS = {'tanh': (tanh_net, (3, 2, 2)), 'linear': (linear, (12,)), 'flat mlp': (small_mlp, (12,)),
+        'mlp of images': (small_mlp, (3, 2, 2)), 'sequence': (tanh_net, (4, 3)),
+        'one number': (lambda c: mlp((1, 8, c)), (1,)), 'bn+dropout': (bn_net, (3, 2, 2)),
+        'in place': (inplace_net, (3, 2, 2)), 'lenet5': (lambda c: lenet5(c, p_drop=.5, bn=True), (1, 28, 28)),
+        'resnet': (lambda c: cifar_resnet(c, 3, 1), (3, 6, 6))}
 
 def make(name, c, n=5, dtype=f64):
     torch.manual_seed(0)
@@ -78,8 +83,10 @@ def spectrum(s, n, dtype):
     Q = lambda: torch.linalg.qr(torch.randn(n, len(s), len(s), dtype=f64))[0]
     return (Q()*s @ Q().mT).to(dtype)
 
-SPECTRA = {'all equal': [1.]*50, 'two equal': [3., 3.] + [1.]*48, 'ten equal': [2.]*10 + [1.999]*40, 'nearly equal': [1., 1-1e-6] + [.5]*48, 'clustered top': [1 - 1e-4*i for i in range(50)],
-           'rank one': [7.] + [0.]*49, 'rank two': [7., 6.999] + [0.]*48, 'zero': [0.]*50, 'geometric': [.7**i for i in range(50)], 'slow': [.98**i for i in range(50)],
+SPECTRA = {'all equal': [1.]*50, 'two equal': [3., 3.] + [1.]*48, 'ten equal': [2.]*10 + [1.999]*40,
+           'nearly equal': [1., 1-1e-6] + [.5]*48, 'clustered top': [1 - 1e-4*i for i in range(50)],
+           'rank one': [7.] + [0.]*49, 'rank two': [7., 6.999] + [0.]*48, 'zero': [0.]*50,
+           'geometric': [.7**i for i in range(50)], 'slow': [.98**i for i in range(50)],
            'single': [4.], 'pair': [4., 4.]}
 CLOSE = 'ten equal', 'clustered top', 'rank two'  # the next value lies within tol
 @pytest.mark.parametrize('dtype', [f64, torch.float32])
@@ -101,7 +108,8 @@ def test_lanczos_on_hard_spectra(name, scale, dtype):
 def test_lanczos_is_exact_after_c_products(c):
     torch.manual_seed(0)
     A = torch.randn(6, c, 2*c, dtype=f64)
-    value, direction, rough = lanczos(lambda u: torch.einsum('nij,nkj,nk->ni', A, A, u), torch.randn(c, dtype=f64).expand(6, c), 0., 10*c)
+    start = torch.randn(c, dtype=f64).expand(6, c)
+    value, direction, rough = lanczos(lambda u: torch.einsum('nij,nkj,nk->ni', A, A, u), start, 0., 10*c)
     assert not rough.any()
     U, s, _ = torch.linalg.svd(A)
     assert_close(value.sqrt(), s[:, 0], rtol=1e-12, atol=0)
@@ -110,7 +118,8 @@ def test_lanczos_is_exact_after_c_products(c):
 def test_lanczos_grows_towards_the_truth():
     torch.manual_seed(0)
     A = torch.randn(4, 60, 70, dtype=f64)
-    est = torch.stack([lanczos(lambda u: torch.einsum('nij,nkj,nk->ni', A, A, u), torch.ones(4, 60, dtype=f64), 0., k)[0].sqrt() for k in range(1, 20)])
+    def after(k): return lanczos(lambda u: torch.einsum('nij,nkj,nk->ni', A, A, u), torch.ones(4, 60, dtype=f64), 0., k)
+    est = torch.stack([after(k)[0].sqrt() for k in range(1, 20)])
     assert (est.diff(dim=0) >= -1e-12).all() and (est <= torch.linalg.svdvals(A)[:, 0]*(1+1e-12)).all()
 
 def test_warns_only_if_not_converged():
@@ -125,7 +134,7 @@ def test_warns_only_if_not_converged():
 def test_zero_and_diverged(c):
     net, x = make('tanh', c)
     nn.init.zeros_(net[-1].weight)
-    assert_close(jac_norms(net, x), torch.zeros(5, dtype=f64)); assert_close(spectral_norms(net, x), torch.zeros(5, dtype=f64))
+    for measure in jac_norms, spectral_norms: assert_close(measure(net, x), torch.zeros(5, dtype=f64))
     for bad in float('nan'), float('inf'):
         net, x = make('flat mlp', c)
         x[1] = bad
@@ -154,9 +163,11 @@ def test_other_losses():
     J, p = oracle(net, x), net(x).softmax(1).detach()
     assert_close(loss_grad_norms(net, x, soft), torch.einsum('ncd,nc->nd', J, p - soft).norm(dim=1))
     t = torch.randn(5, 4, dtype=f64)
-    assert_close(loss_grad_norms(net, x, t, lambda z, y: (z-y).square().sum(1)), torch.einsum('ncd,nc->nd', J, 2*(net(x)-t).detach()).norm(dim=1))
+    want = torch.einsum('ncd,nc->nd', J, 2*(net(x)-t).detach()).norm(dim=1)
+    assert_close(loss_grad_norms(net, x, t, lambda z, y: (z-y).square().sum(1)), want)
     for loss in F.cross_entropy, lambda z, y: F.mse_loss(z, z.detach()+1, reduction='none'), lambda z, y: z[:, :1]:
-        with pytest.raises(ValueError, match='one number each'): loss_grad_norms(net, x, torch.zeros(5, dtype=torch.long), loss)
+        with pytest.raises(ValueError, match='one number each'):
+            loss_grad_norms(net, x, torch.zeros(5, dtype=torch.long), loss)
 
 def test_accuracy():
     class Same(nn.Module):
@@ -234,7 +245,10 @@ def test_under_other_grad_modes(measure, c):
     net, x = make('lenet5', c)
     ref = measure(net, x)
     with torch.no_grad(): assert_close(measure(net, x), ref); assert not torch.is_grad_enabled()
-    with torch.inference_mode(): assert_close(measure(net, x), ref); inner = x.clone(); assert_close(measure(net, inner), ref); assert torch.is_inference_mode_enabled()
+    with torch.inference_mode():
+        inner = x.clone()
+        for o in x, inner: assert_close(measure(net, o), ref)
+        assert torch.is_inference_mode_enabled()
     assert_close(measure(net, inner), ref)  # an inference tensor outside
     for p in net.parameters(): p.requires_grad_(False)
     assert_close(measure(net, x), ref)
@@ -251,7 +265,8 @@ def test_inputs_of_all_kinds(measure):
     net, x = make('lenet5', 3)
     ref = measure(net, x)
     leaf = x.clone().requires_grad_()
-    for o in leaf, leaf*1, x.to(memory_format=torch.channels_last), x.flip(0).flip(0), x.repeat_interleave(2, 0)[::2]: assert_close(measure(net, o), ref)
+    for o in (leaf, leaf*1, x.to(memory_format=torch.channels_last), x.flip(0).flip(0),
+              x.repeat_interleave(2, 0)[::2]): assert_close(measure(net, o), ref)
     assert leaf.grad is None
     assert_close(measure(net.to(memory_format=torch.channels_last), x), ref)
 
@@ -394,7 +409,7 @@ def test_sampled_norms(name, c):
     x = x.repeat(40, *[1]*(x.ndim - 1))
     exact, state = jac_norms(net, x), torch.get_rng_state()
     errors = []
-    for n in 16, 64:
+    for n in 8, 32:
         norms, se = sampled_jac_norms(net, x, n=n, bs=64)
         assert norms.shape == se.shape == (200,)
         off = (norms - exact)/se.clamp(min=1e-9)
@@ -403,15 +418,15 @@ def test_sampled_norms(name, c):
         errors.append(se.mean().item())
     assert c == 1 and max(errors) < 1e-9 or 1.8 < errors[0]/errors[1] < 2.2
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(norms, sampled_jac_norms(net, x, n=64, bs=64)[0])
-    assert c == 1 or not torch.equal(norms, sampled_jac_norms(net, x, n=64, bs=64, seed=1)[0])
+    assert torch.equal(norms, sampled_jac_norms(net, x, n=32, bs=64)[0])
+    assert c == 1 or not torch.equal(norms, sampled_jac_norms(net, x, n=32, bs=64, seed=1)[0])
 
 def test_sampled_norms_of_maps():
     torch.manual_seed(0)
     net, x = nn.Conv2d(1, 2, 3).double(), torch.randn(2, 1, 5, 5, dtype=f64)
     exact = vmap(jacrev(lambda o: net(o[None])[0]))(x).flatten(1).norm(dim=1)
-    norms, se = sampled_jac_norms(net, x, n=2000)
-    assert ((norms - exact).abs() < 4*se).all() and (se < .02*exact).all()
+    norms, se = sampled_jac_norms(net, x, n=200)
+    assert ((norms - exact).abs() < 4*se).all() and (se < .06*exact).all()
     with pytest.raises(ValueError, match='sampled_jac_norms takes outputs of any shape'): jac_norms(net, x)
     with pytest.raises(ValueError, match='at least 2, not 1'): sampled_jac_norms(net, x, n=1)
 
@@ -427,8 +442,8 @@ def test_examples_that_depend_on_each_other_are_measured_alike_each_time(measure
 # refusals
 @every
 @pytest.mark.parametrize('x,error,match', [
-    (torch.zeros(0, 12), ValueError, 'no example'), (torch.zeros(()), ValueError, 'no example'), (torch.zeros(2, 12, dtype=torch.long), ValueError, 'int64'),
-    (torch.zeros(2, 12, dtype=torch.uint8), ValueError, 'uint8'), (torch.zeros(2, 12, dtype=torch.bool), ValueError, 'bool')])
+    (torch.zeros(0, 12), ValueError, 'no example'), (torch.zeros(()), ValueError, 'no example'),
+    *((torch.zeros(2, 12, dtype=t), ValueError, str(t)) for t in (torch.int64, torch.uint8, torch.bool))])
 def test_bad_inputs(measure, x, error, match):
     if not x.ndim and measure is MEASURES['loss_grad_norms']: x = torch.zeros(0, 12)
     with pytest.raises(error, match=match): measure(linear(3), x)
@@ -440,7 +455,8 @@ def test_bad_models_and_sizes(measure):
         with pytest.raises(ValueError, match=f'bs.*{bs}'): measure(net, x, bs=bs)
     for model in 'net', None, 3:
         with pytest.raises(TypeError, match='pass an nn.Module, a Learner, or a function'): measure(model, x)
-    with pytest.raises(ValueError, match=r'\(4, 3, 1\).*needs logits'): measure(nn.Sequential(net, nn.Unflatten(1, (3, 1))), x)
+    dense = nn.Sequential(net, nn.Unflatten(1, (3, 1)))
+    with pytest.raises(ValueError, match=r'\(4, 3, 1\).*needs logits'): measure(dense, x)
     class Pair(nn.Module):
         def forward(self, x): return x, x
     with pytest.raises(ValueError, match='tuple.*needs logits'): measure(Pair(), x)
@@ -449,7 +465,8 @@ def test_bad_models_and_sizes(measure):
 def test_lengths_must_agree():
     for f in loss_grad_norms, accuracy:
         with pytest.raises(TypeError, match='y is a list'): f(linear(3), torch.randn(2, 12), [0, 1])
-        with pytest.raises(ValueError, match=r'4 examples, but y has shape \(3,\)'): f(linear(3), torch.randn(4, 12), torch.zeros(3, dtype=torch.long))
+        with pytest.raises(ValueError, match=r'4 examples, but y has shape \(3,\)'):
+            f(linear(3), torch.randn(4, 12), torch.zeros(3, dtype=torch.long))
 
 @pytest.mark.parametrize('kw', [{'tol': -1e-3}, {'tol': float('nan')}, {'max_iter': 0}])
 def test_bad_stopping_rule(kw):

@@ -1,16 +1,19 @@
-"Jacobian products and penalties against torch.func in float64, over nets, classes, dtypes, shapes; errors; memory; probes"
-import copy, gc, re, subprocess, sys, weakref
-import pytest, torch
+"Jacobian products and penalties against torch.func in float64, over nets, classes, dtypes, shapes; errors; memory"
+import copy, gc, inspect, math, pickle, re, subprocess, sys, weakref
+import pytest, torch, torch._dynamo
 from fastai.torch_core import TensorImage
 from torch import nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from gradreg import jacobians
-from gradreg.jacobians import jacobian, softmax_jacobian, sq_norm, vjp, xent_jacobian
-from gradreg.penalties import (confidence_penalty, contrasts, double_back, frob_reg, gaussian, jac_reg, rademacher, spect_reg,
-                               sphere)
+from gradreg.jacobians import (NoSecondDerivative, gram_product, jacobian, jacobian_rows, softmax_jacobian, sq_norm,
+                               vjp, xent_jacobian)
+from gradreg.penalties import (confidence_penalty, contrasts, double_back, frob_reg, gaussian, jac_reg, one_direction,
+                               rademacher, spect_reg, sphere)
 
 F64 = torch.float64
 on_each_device = pytest.mark.parametrize('device', ['cpu', *['cuda']*torch.cuda.is_available()])
@@ -201,7 +204,8 @@ def test_rows_of_ones_own(kind, k, device, monkeypatch):
 @pytest.mark.parametrize('shape', [(0, 3), (2, 4), (3,), (4, 1, 3)])
 def test_wrong_rows(shape):
     net, x, *_ = make('mlp')
-    with pytest.raises(ValueError, match=re.escape(f'rows has shape {shape}, but y has (4, 3): (K,3) with K at least 1')):
+    said = f'rows has shape {shape}, but y has (4, 3): (K,3) with K at least 1'
+    with pytest.raises(ValueError, match=re.escape(said)):
         jacobian(net(x), x, torch.ones(shape, dtype=F64))
 
 @pytest.mark.parametrize('f,c,passes', [(frob_reg, 10, 10), (jac_reg, 10, 9), (jac_reg, 2, 1), (jac_reg, 1, 1)])
@@ -276,9 +280,10 @@ def whole_batch(f, x): return torch.autograd.functional.jacobian(f, x.detach()) 
 
 @pytest.mark.parametrize('name,head', [('frob_reg', lambda z: z), ('jac_reg', lambda z: z.softmax(1))])
 def test_mean_and_variance_of_the_signs(name, head):
-    "Expectation: the outputs' squared derivatives, all of the batch; variance: of rows of the same number in pairs of examples"
+    "Expectation: squared derivatives of all outputs; variance: of rows of the same number in pairs of examples"
     net, x = batch_net()
-    f, rows = {'frob_reg': (frob_reg, torch.eye(3, dtype=F64)), 'jac_reg': (jac_reg, contrasts(x[:, :3].detach()))}[name]
+    f, rows = {'frob_reg': (frob_reg, torch.eye(3, dtype=F64)),
+               'jac_reg': (jac_reg, contrasts(x[:, :3].detach()))}[name]
     full = torch.einsum('kc,mcnd->nmkd', rows, whole_batch(lambda x: head(net(x)), x))
     gram = torch.einsum('nmkd,nlkd->nkml', full, full)
     mean = full.square().sum((1, 2, 3))
@@ -381,7 +386,8 @@ def test_memory_does_not_grow(name):
 
 def others(name):
     "The penalty as a function of what it differentiates and x"
-    return {'double_back': lambda z, x: double_back(z.logsumexp(1), x), 'vjp': lambda z, x: vjp(z, x, torch.ones_like(z)),
+    return {'double_back': lambda z, x: double_back(z.logsumexp(1), x),
+            'vjp': lambda z, x: vjp(z, x, torch.ones_like(z)),
             'jacobian': jacobian, 'frob_reg': frob_reg, 'jac_reg': jac_reg, 'spect_reg': spect_reg}[name]
 
 @pytest.mark.parametrize('x,error,match', [
@@ -419,11 +425,13 @@ def test_wrong_probe(v, shape):
         with pytest.raises(ValueError, match=rf'v has shape {shape}, but y has \(4, 3\): one entry of v'):
             f(net(x), x, v(right))
 
-@pytest.mark.parametrize('reduce,shape', [(torch.mean, r'\(\)'), (torch.sum, r'\(\)'), (lambda l: l[:, None], r'\(4, 1\)')])
+@pytest.mark.parametrize('reduce,shape', [(torch.mean, r'\(\)'), (torch.sum, r'\(\)'),
+                                          (lambda l: l[:, None], r'\(4, 1\)')])
 def test_reduced_losses(reduce, shape):
     net, x, y, _ = make('mlp')
     losses = F.cross_entropy(net(x), y, reduction='none')
-    with pytest.raises(ValueError, match=f"losses has shape {shape}, .*reduction='none'"): double_back(reduce(losses), x)
+    with pytest.raises(ValueError, match=f"losses has shape {shape}, .*reduction='none'"):
+        double_back(reduce(losses), x)
 
 @pytest.mark.parametrize('f', [jacobian, frob_reg, jac_reg])
 def test_outputs_that_are_no_matrix(f):
@@ -440,13 +448,17 @@ class Watched(nn.Linear):
         y.register_hook(lambda g: g*(g.norm().item() >= 0))
         return y
 
+def dropped(): return nn.Linear(6, 8), nn.Dropout(.5), nn.Tanh()
+ODD = [(lambda: Checkpointed(*dropped()), lambda: nn.Sequential(*dropped())),
+       (lambda: Watched(6, 8), lambda: nn.Linear(6, 8))]
+
 @pytest.mark.parametrize('f', [frob_reg, jac_reg])
-@pytest.mark.parametrize('odd,usual', [(lambda: Checkpointed(nn.Linear(6, 8), nn.Dropout(.5), nn.Tanh()), lambda: nn.Sequential(nn.Linear(6, 8), nn.Dropout(.5), nn.Tanh())),
-                                       (lambda: Watched(6, 8), lambda: nn.Linear(6, 8))], ids=['random numbers', 'item'])
+@pytest.mark.parametrize('odd,usual', ODD, ids=['random numbers', 'item'])
 def test_a_backward_pass_that_cannot_be_batched(odd, usual, f):
     def penalty(first):
         torch.manual_seed(0)
-        net, x = nn.Sequential(first(), nn.Tanh(), nn.Linear(8, 3)).double(), torch.randn(4, 6, dtype=F64, requires_grad=True)
+        net = nn.Sequential(first(), nn.Tanh(), nn.Linear(8, 3)).double()
+        x = torch.randn(4, 6, dtype=F64, requires_grad=True)
         pen = f(net(x), x)
         return pen.detach(), *torch.autograd.grad(pen.sum(), [p for p in net.parameters() if p.ndim > 1])
     for ours, theirs in zip(penalty(odd), penalty(usual)): check(ours, theirs, 1e-12)
@@ -500,7 +512,7 @@ WRONG = {gaussian: lambda c: 1/c, sphere: lambda c: 1., rademacher: lambda c: 1/
 
 @pytest.mark.parametrize('probe', [gaussian, sphere, rademacher])
 def test_moments_of_the_probes(probe):
-    "Mean zero, second moment a multiple of the identity: each entry within five standard errors, and of the wrong one not"
+    "Mean zero, second moment a multiple of I: each entry within five standard errors, of the wrong one not"
     torch.manual_seed(0)
     n, c = 40_000, 6
     r = probe(torch.empty(n, c, dtype=F64))
@@ -525,6 +537,251 @@ def test_what_a_projection_estimates(probe, c):
     se = (est.std()/n**.5).item()
     assert abs(est.mean().item() - MOMENT[probe](c)*exact) < 4*se
     assert abs(est.mean().item() - WRONG[probe](c)*exact) > 4*se
+
+
+@pytest.mark.parametrize('probe', [gaussian, sphere, rademacher])
+@pytest.mark.parametrize('shape', [(4,), (4, 3), (2, 3, 4)])
+def test_probes_of_a_generator(probe, shape):
+    "One seed, one direction; the global generator stays where it is"
+    logits, state = torch.empty(shape, dtype=F64), torch.get_rng_state()
+    a, b = (probe(logits, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(a, b) and a.shape == shape
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(3)
+    assert torch.equal(a, probe(logits))  # the same numbers as from the global one
+    if probe is sphere and len(shape) == 1: assert_close(a.abs(), torch.ones(4, dtype=F64))
+
+def test_spect_reg_of_a_generator():
+    net, x, *_ = make('mlp')
+    logits, g, state = net(x), torch.Generator(), torch.get_rng_state()
+    got = spect_reg(logits, x, generator=g.manual_seed(3))
+    assert torch.equal(got, spect_reg(logits, x, gaussian(logits, generator=g.manual_seed(3))))
+    assert torch.equal(torch.get_rng_state(), state)
+
+@pytest.mark.parametrize('probe', [gaussian, sphere, rademacher])
+def test_one_direction(probe):
+    same = pickle.loads(pickle.dumps(one_direction(probe)))
+    logits = torch.empty(5, 4, dtype=F64)
+    v = same(logits, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(v, probe(logits[:1], generator=torch.Generator().manual_seed(1)).expand(5, 4))
+    assert inspect.signature(same) == inspect.signature(probe)
+    assert 'generator' not in inspect.signature(one_direction(lambda z: z)).parameters
+
+def test_a_probe_that_returns_nothing():
+    net, x, *_ = make('mlp')
+    with pytest.raises(TypeError, match='the probe returned a NoneType'): one_direction(lambda z: None)(net(x))
+    for v, name in (1., 'float'), ([1.], 'list'), (gaussian, 'function'):
+        with pytest.raises(TypeError, match=f'v is a {name}, not a tensor: a probe must'): spect_reg(net(x), x, v)
+    with pytest.raises(TypeError, match='v is a NoneType'): vjp(net(x), x, None)
+
+
+# rows
+
+@pytest.mark.parametrize('kind', NETS)
+@pytest.mark.parametrize('c', [1, 5, 40, 70])
+def test_rows_of_any_basis(kind, c):
+    net, x, *_ = make(kind, c)
+    Q = torch.linalg.qr(torch.randn(c, c, dtype=F64))[0]
+    J = vmap(jacrev(lambda o: net(o[None])[0]))(x.detach()).flatten(2)
+    assert_close(frob_reg(net(x), x, Q), J.square().sum((1, 2)))
+    assert_close(frob_reg(net(x), x, lambda i, j: Q[i:j]), J.square().sum((1, 2)))
+    half = Q[:max(1, c//2)]
+    assert_close(frob_reg(net(x), x, half), (half @ J).square().sum((1, 2)))
+    R = contrasts(net(x))
+    assert R.shape == (max(1, c-1), c) and (c == 1 or R.sum(1).abs().max() < 1e-12)
+    assert_close(R @ R.T, torch.eye(len(R), dtype=F64))
+    assert torch.equal(torch.cat([contrasts(net(x), i, i+7) for i in range(0, c, 7)]), R)
+
+@pytest.mark.parametrize('rows,error,match', [
+    (torch.zeros(0, 3), ValueError, r'rows has shape \(0, 3\), but y has \(4, 3\): \(K,3\) with K at least 1'),
+    (torch.zeros(3), ValueError, r'shape \(3,\)'), (torch.tensor(1.), ValueError, r'shape \(\)'),
+    (torch.zeros(2, 4), ValueError, r'shape \(2, 4\)'), (lambda i, j: torch.zeros(0, 3), ValueError, r'shape \(0, 3\)'),
+    ([[1., 0., 0.]], TypeError, 'rows is a list: pass a tensor'), (3, TypeError, 'rows is a int')])
+@pytest.mark.parametrize('f', [frob_reg, jacobian])
+def test_rows_that_are_no_rows(f, rows, error, match):
+    net, x, *_ = make('mlp')
+    with pytest.raises(error, match=match): f(net(x), x, rows)
+
+class Largest(TorchDispatchMode):
+    "Remembers the most bytes that one operation returned."
+    bytes = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor): self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return out
+
+@pytest.mark.parametrize('f', [frob_reg, jac_reg])
+def test_rows_have_bounded_memory(f):
+    "No operation makes anything of the size of a matrix of all rows"
+    c = 1500
+    W, x = torch.randn(c, 4), torch.randn(2, 4, requires_grad=True)
+    y = x @ W.T
+    with torch.no_grad(), Largest() as seen: got = f(y, x)
+    p = y.detach().softmax(1).double()[:, :, None]
+    J = W.double() if f is frob_reg else p*(W.double() - (p*W.double()).sum(1, keepdim=True))
+    check(got, J.square().sum((-2, -1)).expand(2), 1e-4)
+    assert seen.bytes <= 32*2*c*4 < c*c*4/10
+
+def test_as_many_rows_at_once_as_memory_allows():
+    x = torch.randn(1000, 2, requires_grad=True)
+    y = x @ torch.randn(2, 3000)
+    with torch.no_grad():
+        sizes = [J.shape[1] for J, _ in zip(jacobian_rows(y, x), range(2))]
+    assert sizes == [5, 5]
+
+
+# other norms, masked classes, one output
+
+@each_net
+@pytest.mark.parametrize('norm', [1, 2, math.inf])
+def test_double_back_in_other_norms(norm, kind):
+    net, x, y, _ = make(kind)
+    losses = F.cross_entropy(net(x), y.argmax(1), reduction='none')
+    pen = double_back(losses, x, norm)
+    params = dict(net.named_parameters())
+    def want(ps):
+        loss = lambda o, t: F.cross_entropy(functional_call(net, ps, (o[None],))[0], t.argmax())
+        g = vmap(grad(loss))(x.detach(), y).flatten(1)
+        return {1: g.abs().sum(1), 2: g.square().sum(1).sqrt(), math.inf: g.abs().amax(1)}[norm]**2
+    assert_close(pen, want(params))
+    theirs = grad(lambda ps: (want(ps)*weighting(pen)).sum())({k: p.detach() for k, p in params.items()})
+    ours = weight_grads(net, pen)
+    for k, g in theirs.items(): check(ours[k], g, 1e-9)
+
+@pytest.mark.parametrize('norm', [1, 2, math.inf])
+def test_norms_at_zero_and_of_any_shape(norm):
+    for shape in (4,), (4, 1), (4, 3, 2), (0, 3):
+        t = torch.zeros(shape, dtype=F64, requires_grad=True)
+        g, = torch.autograd.grad(sq_norm(t, norm).sum(), t, create_graph=True)
+        assert g.isfinite().all() and sq_norm(t, norm).shape == shape[:1]
+
+@pytest.mark.parametrize('norm', [0, 3, -1, 'fro', None, float('nan')])
+def test_wrong_norm(norm):
+    net, x, *_ = make('mlp')
+    with pytest.raises(ValueError, match='choose 1, 2 or math.inf'): double_back(net(x).sum(1), x, norm)
+
+MASKED = [*PENALTIES, 'confidence_penalty']
+@pytest.mark.parametrize('name,mask', [*((o, 'fill') for o in MASKED),  # adding changes no logit's slope
+                                       *((o, 'add') for o in MASKED if o not in ('frob_reg', 'spect_reg'))])
+def test_masked_classes(name, mask):
+    "A class with logits of minus infinity is no class: values and weight gradients are those of the rest"
+    net, x, _, v = make('conv', 5)
+    y, hidden = F.one_hot(torch.tensor([0, 2, 3, 0]), 5), torch.tensor([False, True, False, False, True])
+    f = PENALTIES[name][0] if name in PENALTIES else lambda z, x, y, v: confidence_penalty(z)
+    z = net(x)
+    if mask == 'fill': masked = z.masked_fill(hidden, -math.inf)
+    else: masked = z + torch.zeros(5, dtype=F64).masked_fill(hidden, -math.inf)
+    got, want = f(masked, x, y, v), f(z[:, ~hidden], x, y[:, ~hidden], v[:, ~hidden])
+    assert_close(got, want)
+    ours, theirs = weight_grads(net, got), weight_grads(net, want)
+    for k in ours: check(ours[k], theirs[k].detach(), 1e-9)
+
+@pytest.mark.parametrize('name', ['frob_reg', 'jac_reg', 'spect_reg', 'jacobian'])
+def test_one_number_is_a_row_of_one(name):
+    net, x, *_ = make('mlp', 1)
+    f = {'frob_reg': frob_reg, 'jac_reg': jac_reg, 'jacobian': jacobian,
+         'spect_reg': lambda y, x: spect_reg(y, x, rademacher(y, generator=torch.Generator().manual_seed(0)))}[name]
+    assert_close(f(net(x)[:, 0], x), f(net(x), x))
+    assert_close(confidence_penalty(net(x)[:, 0]), torch.zeros(4, dtype=F64))
+
+
+# what cannot be differentiated again
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): ctx.save_for_backward(x); return x**2
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g): return 2*g*ctx.saved_tensors[0]
+
+def attention(x): return F.scaled_dot_product_attention(x, x, x)
+REFUSED = {'fused attention': (attention, '_scaled_dot_product_flash_attention_for_cpu_backward', 'SDPBackend.MATH'),
+           'MultiheadAttention': (nn.MultiheadAttention(8, 2, batch_first=True), 'scaled_dot_product', 'eager'),
+           'TransformerEncoder': (nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True),
+                                  'scaled_dot_product', 'MATH'),
+           'once': (lambda x: Square.apply(x), 'Square', 'another operation'),
+           'compiled': (lambda x: torch.compile(torch.tanh, backend='aot_eager')(x), 'torch.compile',
+                        'before torch.compile')}
+
+@pytest.mark.parametrize('name', REFUSED)
+@pytest.mark.parametrize('pen', ['spect_reg', 'frob_reg', 'double_back', 'vjp', 'jacobian', 'gram_product'])
+@pytest.mark.parametrize('last', [True, False])
+def test_no_second_derivative(name, pen, last):
+    "The error comes when the penalty is made; where nothing is differentiated again, the value is right"
+    torch.manual_seed(0)
+    op, words, way = REFUSED[name]
+    first, head = nn.Linear(8, 8), nn.Identity() if last else nn.Sequential(nn.Tanh(), nn.Linear(8, 8))
+    x = torch.randn(2, 2, 5, 8, requires_grad=True) if 'fused' in name else torch.randn(2, 5, 8, requires_grad=True)
+    def net(x):
+        h = first(x)
+        h = op(h, h, h, need_weights=False)[0] if isinstance(op, nn.MultiheadAttention) else op(h)
+        return head(h).flatten(1)[:, :3]
+    f = {'spect_reg': spect_reg, 'frob_reg': frob_reg, 'double_back': lambda z, x: double_back(z.logsumexp(1), x),
+         'vjp': lambda z, x: vjp(z, x, torch.ones_like(z)), 'jacobian': jacobian,
+         'gram_product': lambda z, x: gram_product(z, x)}[pen]
+    with pytest.raises(NoSecondDerivative, match=re.escape(words)) as e: f(net(x), x)
+    assert way in str(e.value) and isinstance(e.value, ValueError)
+    if pen in ('frob_reg', 'jacobian', 'vjp'):
+        with torch.no_grad(): got = f(_graph(net, x), x)
+        assert got.isfinite().all()
+
+def _graph(net, x):
+    with torch.enable_grad(): return net(x)
+
+def test_the_way_out_of_fused_attention():
+    torch.manual_seed(0)
+    enc = nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True).double()
+    x = torch.randn(2, 5, 8, dtype=F64, requires_grad=True)
+    with sdpa_kernel(SDPBackend.MATH): z = enc(x).flatten(1)
+    with sdpa_kernel(SDPBackend.MATH): J = vmap(jacrev(lambda o: enc(o[None])[0].flatten()))(x.detach())
+    pen = frob_reg(z, x)
+    assert_close(pen, J.flatten(1).square().sum(1))
+    pen.sum().backward()
+
+@pytest.mark.parametrize('where', ['before x', 'beside x', 'frozen'])
+def test_what_is_not_in_the_way_is_not_refused(where):
+    torch.manual_seed(0)
+    w = nn.Linear(4, 4)
+    if where == 'before x': x = Square.apply(w(torch.randn(3, 4))); y = w(x).tanh()
+    if where == 'beside x':
+        x = torch.randn(3, 4, requires_grad=True)
+        y = w(x).tanh() + Square.apply(w(torch.randn(3, 4)))
+    if where == 'frozen':
+        x = torch.randn(3, 4, requires_grad=True)
+        y = x*2
+    spect_reg(y, x)
+
+def test_an_error_that_names_the_layer():
+    error = pickle.loads(pickle.dumps(NoSecondDerivative('_cudnn_rnn_backward', 'encoder.rnn')))
+    assert (error.op, error.layer) == ('_cudnn_rnn_backward', 'encoder.rnn')
+    assert '_cudnn_rnn_backward in encoder.rnn has' in str(error) and 'cudnn.flags(enabled=False)' in str(error)
+    assert ' in ' not in str(NoSecondDerivative('op')).split(' has ')[0]
+
+
+# compiled losses
+
+@pytest.mark.parametrize('f', [frob_reg, jac_reg, spect_reg])
+@torch._dynamo.config.patch(trace_autograd_ops=True)
+def test_a_penalty_in_a_compiled_loss(f):
+    torch._dynamo.reset()
+    net, x, *_ = make('mlp')
+    r = {} if f is not spect_reg else dict(v=rademacher(net(x)).detach())
+    def loss(x): return f(net(x), x, **r).sum()
+    want = torch.autograd.grad(loss(x), list(net.parameters()), allow_unused=True)
+    state = torch.get_rng_state()
+    got = torch.compile(loss, backend='aot_eager', fullgraph=True)(x)
+    assert_close(got.detach(), loss(x).detach())
+    for ours, theirs in zip(torch.autograd.grad(got, list(net.parameters()), allow_unused=True), want):
+        assert ours is theirs is None or torch.allclose(ours, theirs)
+    assert torch.equal(torch.get_rng_state(), state)
+
+@torch._dynamo.config.patch(trace_autograd_ops=True)
+def test_compiled_signs_are_new_at_each_call():
+    torch._dynamo.reset()
+    net, x = batch_net()
+    f = torch.compile(lambda x: frob_reg(net(x), x), backend='aot_eager', fullgraph=True)
+    assert not torch.equal(f(x), f(x))
 
 
 # softmax, cross-entropy, norms
