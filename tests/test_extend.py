@@ -111,11 +111,17 @@ def test_the_command_tunes_ones_own_penalty(folder, capsys):
 @pytest.mark.parametrize('change,words', [
     (dict(p_drop=.5), "no argument 'p_drop'"), (dict(model='my_nets:large'), "my_nets.py has no 'large'"),
     (dict(penalty='my_reg:gap_reg', strength=1), 'GradReg'), (dict(data='my_data:error'), r'error\(\)'),
-    (dict(model='my_nets:Wide'), 'mat1 and mat2')])
+    (dict(model='my_nets:Wide'), 'mat1 and mat2'),
+    (dict(penalty='', at='no.layer', spect_reg=1.), 'no.layer')])
 def test_what_ones_own_lacks_is_one_error(folder, change, words):
     with pytest.raises(ValueError, match=f'{words}.*nothing was trained'):
         run_all(grid(IMAGES, **change, seed=range(3)), 'rows.csv', jobs=1)
     assert not (folder/'rows.csv').exists()
+
+
+def test_a_layer_of_ones_own(folder):
+    df = run_all(grid(IMAGES, spect_reg=.1, at=['', '2'], seed=0), 'rows.csv', jobs=1)
+    assert df.status.eq('ok').all() and df.spect_reg_end.nunique() == 2 and df['at'].tolist() == ['', '2']
 
 
 def test_a_study_notebook_of_ones_own(folder):

@@ -560,7 +560,7 @@ class FakeRay:
                 ray.started.append(args)
                 ray.flying += 1
                 ray.most = max(ray.most, ray.flying)
-                return (len(ray.started), self.f, args)
+                return (len(ray.started), self.f, tuple(tuple(o) if isinstance(o, list) else o for o in args))
         return Task
     def wait(self, refs):
         self.flying -= 1
