@@ -28,7 +28,7 @@ def notebooks():
 def relink(text, up=''):
     "nbdev's links to names of the package lead into the reference, those to the published site stay within it."
     def target(m): return reference.role(m[1], m[2]) if m[1] in reference.homes() else f'`{m[1]}`'
-    text = re.sub(r'\[`([\w.]+)`\]\(https?://[^)\s]*?(\w+)\.html#[\w.]+\)', target, text)
+    text = re.sub(r'\[`([\w.]+)(?:\([^`]*\))?`\]\(https?://[^)\s]*?(\w+)\.html#[\w.]+\)', target, text)
     return re.sub(rf'\]\({site}([\w/]+)\.html', lambda m: f']({up}/{m[1]}', text)
 
 def visible(output):
@@ -48,8 +48,9 @@ def documented(cells):
     for c in cells:
         text = ''.join(c.outputs[0].data['text/markdown'])
         link, name, code, doc = re.search(
-            r'\((https://\S+)\).*?\n### (\S+)\n(.*?```python.*?```)(.*)', text, re.S
-        ).groups()
+            r'(?:\((https://\S+)\).*?)?\n### (\S+)\n(.*?```python.*?```)(.*)', text, re.S
+        ).groups()  # what is defined within something private has no link, and no place here
+        if not link: continue
         code = reference.named(re.sub(r'\[`([\w.]+)`\]\([^)]*\)', r'\1', code))
         entries.append((int(link.rpartition('#L')[2]), f'### {name}\n{code}\n\n{relink(doc.strip())} [source]({link})'))
     return '\n\n'.join(o for _,o in sorted(entries))

@@ -107,6 +107,9 @@ def texts(
 # %% ../nbs/22_notebooks.ipynb #78df2e45
 class StudyFailed(Exception):
     "A cell of a study failed, or its kernel died."
+    def __init__(self,
+        said:str # what happened
+    ): super().__init__(said)
 
 def read_study(
     path:Path # of a study's notebook
