@@ -30,8 +30,8 @@ test-latest: ## the installed package alone, with the newest fastai and fastcore
 study: install ## the first study: train, compare, write figures and a page (a few minutes)
 	.venv/bin/gradreg run digits --results nbs/studies/out/digits
 
-bench: install ## what a penalty costs: time and memory of a step, loops and loaders compared (about three minutes)
-	.venv/bin/gradreg run bench
+bench: install ## what a penalty costs here, in time and memory, into the results of the studies (some minutes)
+	$(PY) -m gradreg.bench
 
 lab: install ## JupyterLab on the book
 	.venv/bin/jupyter lab nbs

@@ -47,14 +47,20 @@ def runtime(path, results):
 # ---------------------------------------------------------------- cards
 
 def cost(column, results):
-    "A sentence on what a training step costs, from the benchmark's file."
-    df = pd.read_csv(results/'bench.csv').query("what.str.startswith('penalty') and candidate == @column")
-    o = df.iloc[0]
-    return (
-        f'A training step takes **{o.ratio_median:.1f} times** as long as a plain one, quartiles {o.ratio_q25:.1f}'
-        f' to {o.ratio_q75:.1f} ({networks[o.model]}, batch {o.bs}, {o.threads} thread, {o.machine}, torch'
-        f' {o.torch}; measured in [What does a penalty cost?](../studies/90_bench.ipynb)).'
-    )
+    "A sentence on what a training step costs, from the benchmark's file: LeNet-5, and the network for CIFAR."
+    df = pd.read_csv(results/'bench.csv').query("penalty == @column and every == 1 and not captured")
+    def ratio(network, fast): # on the first device that the file knows
+        rows = df[(df.network == network) & (df.fast == fast)]
+        return None if rows.empty else rows.iloc[0]
+    o,best,native = ratio('lenet5', False),ratio('cifar_resnet', True),ratio('cifar_resnet', False)
+    text = (f'A training step takes **{o.ratio:.1f} times** as long as a plain one, quartiles {o.ratio_q25:.1f} to '
+            f'{o.ratio_q75:.1f} ({networks[o.network]}, batch {o.bs}, {o.threads} thread, {o.machine}, {o.device}, '
+            f'torch {o.torch})')
+    if native is not None:
+        other = '' if best is None else f'; {native.ratio:.1f} in plain [PyTorch](../03_double_backward.ipynb)'
+        o = native if best is None else best
+        text += f', and {o.ratio:.1f} times with the [network for CIFAR](../04_models.ipynb), batch {o.bs}{other}'
+    return f'{text}; measured in [What does a penalty cost?](../studies/90_bench.ipynb).'
 
 def authors(name):
     "Strengths that the authors used, as rows; those for a batch sum are turned into those for a mean."

@@ -31,7 +31,7 @@ class Recorded(Callback):
     def __init__(self): self.read,self.unread,self.start,self._fresh = [],[],0,True
     def record(self,
         value:Tensor # a single number
-    ): self.unread.append(value.detach())
+    ): self.unread.append(value.detach().clone())  # in place it would pin the memory around it
 
     @property
     def recorded(self)->list: # of floats

@@ -124,8 +124,9 @@ def test_a_penalty_that_waits_for_a_number_is_seen():
     with pytest.raises(RuntimeError, match='wait for a number'): fit(Waits(.1), graph())
 
 @pytest.mark.parametrize('cbs,kw,words', [
-    ([GradientAccumulation(4)], {}, 'gradient_accumulation acts within'), ([GradientClip(1.)], {}, 'gradient_clip acts'),
-    ([], dict(opt_func=Adam), 'opt_func=partial'), ([], dict(opt_func=partial(OptimWrapper, opt=torch.optim.Adam)), 'fused')])
+    ([GradientAccumulation(4)], {}, 'gradient_accumulation acts within'),
+    ([GradientClip(1.)], {}, 'gradient_clip acts'), ([], dict(opt_func=Adam), 'opt_func=partial'),
+    ([], dict(opt_func=partial(OptimWrapper, opt=torch.optim.Adam)), 'fused')])
 def test_refused(cbs, kw, words):
     with pytest.raises(ValueError, match=words): fit(*cbs, graph(), **kw)
 
@@ -176,8 +177,9 @@ def test_a_run_trains_as_without(kw):
         if isinstance(a, GradReg): assert_close(a.penalties, b.penalties, rtol=1e-3, atol=1e-6)
 
 @pytest.mark.cuda
-@pytest.mark.parametrize('kw', [dict(spect_reg=.03, every=4), dict(double_back=1., p_drop=.5), dict(frob_reg=.01, bn=True),
-                                dict(spect_reg=.03, precision='bf16'), dict(spect_reg=.03, trace=3, opt='sgd', lr=.01)], ids=str)
+@pytest.mark.parametrize('kw', [
+    dict(spect_reg=.03, every=4), dict(double_back=1., p_drop=.5), dict(frob_reg=.01, bn=True),
+    dict(spect_reg=.03, precision='bf16'), dict(spect_reg=.03, trace=3, opt='sgd', lr=.01)], ids=str)
 def test_a_run_on_cuda_trains_as_without(kw):
     r = Run(data='digits', n_train=100, n_valid=100, bs=25, iters=60, **kw)
     with_graph, without = training.learner(r, 'cuda'), training.learner(r, 'cuda')
