@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 # %% ../nbs/04_models.ipynb #b8fbbafe
 class _Input(nn.Module):
-    "Passes on float batches of one shape; refuses others with a message that names both. A letter stands for any length."
+    "Passes on float batches of one shape; refuses others by a message that names both. A letter is any length."
     def __init__(self, name, *shape):
         super().__init__()
         self.name, self.shape = name, shape
@@ -120,7 +120,7 @@ def cifar_resnet_nobn(
 def resnet18(
     n_out:int=200 # number of classes C, >= 1
 )->nn.Module: # (N,3,H,W) -> (N,n_out), made for 64x64
-    "torchvision's ResNet-18, untrained, its first convolution 3x3 of stride 1: for TinyImageNet-200 (paper, section 4)."
+    "torchvision's ResNet-18, untrained, the first convolution 3x3, stride 1: for TinyImageNet-200 (paper, section 4)."
     from torchvision.models import resnet18  # takes as long to import as torch itself
     _at_least_one(n_out=n_out)
     net = resnet18(num_classes=n_out)

@@ -114,7 +114,7 @@ def _opt_func(r):
     def opt(params, lr):
         ps = list(params)
         fused = dict(fused=True) if ps[0].is_cuda else {}  # counts on the device, as a CUDA graph needs it
-        groups = [dict(params=[p for p in ps if (p.ndim > 1) == w], weight_decay=r.wd*w, **fused) for w in (True, False)]
+        groups = [dict(params=[p for p in ps if (p.ndim > 1) == w], weight_decay=r.wd*w, **fused) for w in (1, 0)]
         return OptimWrapper(opt=make(groups, lr=lr))
     return opt
 
