@@ -199,7 +199,8 @@ def headlines(
             f"{_best(claims, 'SpectReg raises accuracy with weight decay')}.",
             f'How sure? Each effect is a mean over {run.n.min():.0f} to {run.n.max():.0f} pairs of runs that share '
             'their seed; ± is half of its 95 % interval.',
-            f'Where does the paper not hold? {len(against)} of {len(claims)} tested claims are contradicted, most clearly: '
+            f'Where does the paper not hold? {len(against)} of {len(claims)} tested claims are contradicted, '
+            'most clearly: '
             + '; '.join(f'{o.claim} ({told(o)})' for o in worst[:3].itertuples()) + '.']
 
 # %% ../nbs/09_claims.ipynb #b597e5bb

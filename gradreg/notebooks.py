@@ -172,7 +172,8 @@ def execute(
         raise StudyFailed(f'cell {bad} failed with {e.ename}: {e.evalue}') from None
 
 # %% ../nbs/22_notebooks.ipynb #24114b54
-_style = """body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}body{color:#222;background:#fff}
+_style = """body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}
+body{color:#222;background:#fff}
 table{border-collapse:collapse;font-size:.85rem;margin:1rem 0;display:block;overflow-x:auto}
 td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right}th:first-child{text-align:left}
 pre{overflow-x:auto;background:#f6f6f6;padding:.6rem;font-size:.8rem}

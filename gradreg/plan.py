@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASES', 'AUTHORS', 'DIRECTIONS', 'LENGTHS', 'DECADES', 'FIFTY', 'TINY', 'FIFTY_NETS', 'arms', 'authors', 'sweep',
            'tuned', 'Step', 'directions', 'lengths', 'fifty', 'chosen_fifty', 'tiny_base', 'tiny_sweep', 'plan',
-           'trained', 'pace', 'seconds', 'todo', 'missing', 'fitting', 'work', 'main']
+           'trained', 'pace', 'seconds', 'todo', 'missing', 'fitting', 'work']
 
 # %% ../nbs/25_plan.ipynb #232caefc
 import argparse, math, time
@@ -259,11 +259,11 @@ def _said(r):
     return ', '.join([r.data, *(f'{k}={v}' for k,v in vars(r).items() if v != base[k] or k == 'seed')])
 
 # %% ../nbs/25_plan.ipynb #b07c0973
-def main(
+def _main(
     argv=None # arguments, those of the process if None
 )->int: # exit code
     "`python -m gradreg.plan`: say what is missing and how much of it fits, and train for so many minutes."
-    parser = argparse.ArgumentParser(prog='python -m gradreg.plan', description=main.__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog='python -m gradreg.plan', description=_main.__doc__, allow_abbrev=False)
     parser.add_argument('--minutes', type=float, default=0, help='of training; 0 only says what is missing')
     parser.add_argument('--device', help='where to train, such as cuda:0')
     parser.add_argument('--study', help='only what this study needs')
@@ -278,4 +278,4 @@ def main(
     print(missing().round(0).to_string())
     return 0
 
-if __name__ == '__main__' and globals().get('__spec__'): raise SystemExit(main())  # not in a notebook
+if __name__ == '__main__' and globals().get('__spec__'): raise SystemExit(_main())  # not in a notebook

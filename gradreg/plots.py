@@ -15,8 +15,9 @@ from .tables import t_interval
 
 # %% ../nbs/21_plots.ipynb #187ff11f
 _palette = sns.color_palette('colorblind').as_hex()
-COLORS = dict(zip(('SpectReg', 'DoubleBack', 'FrobReg', 'JacReg', 'ConfidencePenalty', 'weight decay', 'dropout', 'baseline',
-                   'BatchNorm'), [*_palette[:8], _palette[9]]))
+_named = ('SpectReg', 'DoubleBack', 'FrobReg', 'JacReg', 'ConfidencePenalty', 'weight decay', 'dropout', 'baseline',
+          'BatchNorm')
+COLORS = dict(zip(_named, [*_palette[:8], _palette[9]]))
 
 def set_style():
     "The look of all figures, and tables as wide as a terminal shows."

@@ -15,7 +15,7 @@ from gradreg.models import lenet5
 from gradreg.penalties import spect_reg
 
 MODULES = sorted(m.name for m in pkgutil.iter_modules(gradreg.__path__))
-TOOLS = 'nbdev execnb ghapi jupyterlab nbclient nbconvert nbformat sympy pytest pyflakes'.split()  # of dev_requirements
+TOOLS = 'nbdev execnb ghapi jupyterlab nbclient nbconvert nbformat sympy pytest ruff'.split()  # of dev_requirements
 
 def test_every_module_imports_without_development_tools():
     assert {'jacobians', 'penalties', 'models', 'data', 'callbacks'} <= set(MODULES)

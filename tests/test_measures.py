@@ -178,7 +178,7 @@ def test_accuracy():
     for bs in 1, 100, 333, 1000: assert accuracy(Same(), z, y, bs=bs) == pytest.approx(right/333, abs=1e-12)
     assert isinstance(accuracy(Same(), z, y), float)
     assert accuracy(Same(), z, z.argmax(1)) == 1 and accuracy(Same(), z, z.argmin(1)) == 0
-    for bad in y[:, None], y.float(), F.one_hot(y): 
+    for bad in y[:, None], y.float(), F.one_hot(y):
         with pytest.raises(ValueError, match='class indices'): accuracy(Same(), z, bad)
     with pytest.raises(ValueError, match='two or more logits'): accuracy(Same(), z[:, :1], y)
 

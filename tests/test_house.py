@@ -1,0 +1,84 @@
+"How the house is written: lines fit, cells are short, names have one home and private ones stay there."
+import ast, importlib, json, re
+from collections import Counter
+from pathlib import Path
+import pytest
+
+root = Path(__file__).resolve().parents[1]
+chapters = sorted((root/'nbs').glob('[0-9][0-9]_*.ipynb'))
+notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if not {'.ipynb_checkpoints', 'out'} & set(p.parts))
+modules = sorted(p.stem for p in (root/'gradreg').glob('[!_]*.py'))
+each_chapter = pytest.mark.parametrize('path', chapters, ids=lambda p: p.stem)
+
+def source(cell): return ''.join(cell['source'])
+def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
+def has_flag(cell, *flags): return bool(re.search(rf'^#\s*\|\s*({"|".join(flags)})\b', source(cell), re.M))
+def parsed(text): return ast.parse(re.sub(r'^[%!].*$', 'pass', text, flags=re.M))
+
+# ---------------------------------------------------------------- width
+
+def too_wide(text): return [o[:60] for o in text.splitlines() if len(o) > 120 and not o.startswith('#|')]
+
+written = [*(root/'tests').glob('*.py'), *(root/'docs').glob('*.py'), root/'setup.py']
+
+@pytest.mark.parametrize('path', written, ids=lambda p: p.name)
+def test_lines_of_code_fit(path): assert not too_wide(path.read_text(encoding='utf-8'))
+
+@pytest.mark.parametrize('path', notebooks, ids=lambda p: p.stem)
+def test_lines_of_cells_fit(path): assert not [o for c in code(path) for o in too_wide(source(c))]
+
+# ---------------------------------------------------------------- cells
+
+def code(path): return [c for c in cells(path) if c['cell_type'] == 'code']
+def is_import(cell): return all(isinstance(o, (ast.Import, ast.ImportFrom, ast.Try)) for o in parsed(source(cell)).body)
+def is_fields(cell): return source(cell).startswith('#| export\n@dataclass')  # a table, a line each
+def exports(path): return [c for c in code(path) if has_flag(c, 'export', 'exporti')]
+def length(cell): return len(source(cell).strip().splitlines()) - 1
+
+@each_chapter
+def test_export_cells_are_short(path):
+    cells = [c for c in exports(path) if not is_import(c) and not is_fields(c)]
+    assert not [(length(c), source(c).splitlines()[1][:60]) for c in cells if length(c) > 23], 'aim at 20 lines'
+
+# ---------------------------------------------------------------- names
+
+def exported(module): return importlib.import_module(f'gradreg.{module}').__all__
+
+def test_a_name_is_exported_once():
+    assert not [o for o,n in Counter(o for m in modules for o in exported(m)).items() if n > 1]
+
+def assigned(text):
+    "Names that a cell binds at its top level."
+    for node in parsed(text).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): yield node.name
+        for o in ast.walk(node) if isinstance(node, (ast.Assign, ast.AugAssign, ast.For, ast.With)) else ():
+            if isinstance(o, ast.Name) and isinstance(o.ctx, ast.Store): yield o.id
+
+@each_chapter
+def test_no_cell_overwrites_what_is_exported(path):
+    mine = set(exported(path.stem.split('_', 1)[1]))
+    others = [c for c in code(path) if not has_flag(c, 'export', 'exporti')]
+    assert not [(o, source(c)[:50]) for c in others for o in assigned(source(c)) if o in mine]
+
+def private(tree):
+    "Private names that are taken from another room."
+    rooms = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or '').startswith('gradreg')):
+            rooms |= {a.asname or a.name for a in node.names if a.name in modules}
+            yield from (a.name for a in node.names if a.name.startswith('_'))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in rooms:
+            if re.match('_(?!_)', node.attr): yield f'{node.value.id}.{node.attr}'
+
+def privates(text): return list(private(ast.parse(text)))
+
+rooms = [*(root/'gradreg').glob('[!_]*.py'), *(root/'docs').glob('*.py')]  # tests may look into a room
+
+@pytest.mark.parametrize('path', rooms, ids=lambda p: p.name)
+def test_no_private_name_crosses_a_room(path): assert not privates(path.read_text(encoding='utf-8'))
+
+@pytest.mark.parametrize('check,text,bad', [
+    (too_wide, 'x'*121, True), (too_wide, '#| fig-alt: ' + 'x'*121, False), (privates, 'from .rows import _read', True),
+    (privates, 'from . import rows\nrows._read', True), (privates, 'from .rows import load_rows', False),
+    (assigned, 'def vjp(): 1', True), (assigned, 'vjp(1)', False)])
+def test_a_fault_is_seen(check, text, bad): assert bool(list(check(text))) == bad
