@@ -14,6 +14,7 @@ html_math_renderer = 'katex'
 nb_execution_mode = 'off'
 nb_render_markdown_format = 'myst'
 nb_merge_streams = True
+nb_code_prompt_show, nb_code_prompt_hide = 'code', 'hide the code'
 nb_ipywidgets_js = {}
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'attrs_block', 'attrs_inline', 'fieldlist', 'deflist']
 myst_heading_anchors = 4
