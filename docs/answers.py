@@ -38,9 +38,11 @@ def about(found, column):
     "The claims whose subject is this regularizer."
     return found[found.claim.str.contains(rf'(?:^|: ){subjects[column]}\b')]
 
+def tested(results): return all_claims(results).query('n > 0')
+
 def helps(column, results):
     "Does it raise accuracy, or lower the error, and whom does it beat?"
-    found = about(all_claims(results), column)
+    found = about(tested(results), column)
     return table(
         found[
             found.claim.str.contains(
@@ -49,7 +51,7 @@ def helps(column, results):
         ]
     )
 
-def among(pattern): return lambda results: table((found := all_claims(results))[found.claim.str.contains(pattern)], '')
+def among(pattern): return lambda results: table((found := tested(results))[found.claim.str.contains(pattern)], '')
 
 questions = {
     'help': r'raises accuracy|lowers the log of the test error',
@@ -57,22 +59,19 @@ questions = {
     'tolerance': r'(?:tenth|times|twice)\b.*strength|a log of the error',
 }
 
-def compared(results, cost):
-    "What each penalises, whether it needs labels, what its step costs; `cost`: column -> the sentence on the card."
+def compared(cost, start):
+    "What each penalises, needs and costs, and where to start; `cost`: column -> sentence, `start`: column -> strength."
     def short(c): return re.sub(r'.*\*\*(.*?)\*\*.*', r'\1', cost(c))
-    rows = [
-        f'| [{subjects[c][0].upper() + subjects[c][1:]}](regularizers/{c}.md) | {what} | {labels} | {short(c)} |'
-        for c, (what, labels) in facts.items()
-    ]
-    return '\n'.join(
-        ['| regularizer | penalises | needs labels | a training step, in plain ones |', '|---|---|---|---|', *rows]
-    )
+    def named(c): return f'[{subjects[c][0].upper() + subjects[c][1:]}](regularizers/{c}.md)'
+    head = ['regularizer', 'penalises', 'needs labels', 'a training step, in plain ones', 'start at']
+    rows = [[named(c), what, labels, short(c), start(c)] for c,(what,labels) in facts.items()]
+    return '\n'.join(f'| {" | ".join(o)} |' for o in [head, ['---']*5, *rows])
 
-def all_answers(results, cost):
+def all_answers(results, cost, start):
     "Everything that a page may name in double braces on a line of its own."
     found = {f'helps_{c}': helps(c, results) for c in subjects}
     return {
         **found,
         **{f'claims_{k}': among(o)(results) for k, o in questions.items()},
-        'compared': compared(results, cost),
+        'compared': compared(cost, start),
     }

@@ -151,7 +151,7 @@ def stage(src, results):
     written['changelog'] = (root/'CHANGELOG.md').read_text(encoding='utf-8')
     values = {
         **tables.all_tables(results),
-        **answers.all_answers(results, lambda c: tables.cost(c, results)),
+        **answers.all_answers(results, lambda c: tables.cost(c, results), tables.start),
         'slider': tables.slider(results),
     }
     if not values['slider']:
