@@ -99,14 +99,18 @@ short = {
     'pathlib.': '',
 }
 
-def named(text):
-    "A function by its name, not by where it lies in memory; and without the package of well-known types."
-    text = re.sub(
+def placeless(text):
+    "A function by its name, not by where it lies in memory."
+    return re.sub(
         r'<(?:function|built-in function|bound method) (?:[\w.<>]+\.)?(\w+)(?:\s+at\s+0x[0-9a-f]+|\s+of\s[^>]*)?>',
         r'\1',
         text,
     )
-    for module,name in short.items(): text = text.replace(module, name)
+
+def named(text):
+    "`placeless`, and without the package of well-known types."
+    text = placeless(text)
+    for module, name in short.items(): text = text.replace(module, name)
     return text
 
 def shown(p):
@@ -152,8 +156,8 @@ def methods(cls, mod):
         yield '\n'.join([f'::::{{{kind}}} {sig}', sentence(f, mod), '', *params, '::::', ''])
 
 def value(obj):
-    if not isinstance(obj, dict): return repr(obj)
-    return '{' + ', '.join(f'{k!r}: {getattr(v, "__name__", repr(v))}' for k,v in obj.items()) + '}'
+    if not isinstance(obj, dict): return placeless(repr(obj))
+    return placeless('{' + ', '.join(f'{k!r}: {getattr(v, "__name__", repr(v))}' for k,v in obj.items()) + '}')
 
 def entry(mod, name, chapter):
     "One exported name."

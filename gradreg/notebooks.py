@@ -163,7 +163,7 @@ def execute(
     "Run all cells of a notebook, in place."
     from nbclient.exceptions import CellExecutionError, DeadKernelError
     client = _client(nb, folder)
-    try: client.execute(env=env)
+    try: client.execute(env={k: v for k,v in env.items() if k != 'MPLBACKEND'})  # figures belong into the notebook
     except Exception as e:
         if client.stopped: raise KeyboardInterrupt from None
         if isinstance(e, DeadKernelError): raise StudyFailed('its kernel died, perhaps for want of memory') from None

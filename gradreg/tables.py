@@ -60,7 +60,8 @@ def compare(
     if len(df) and baseline not in wide: raise ValueError(f"no rows with {by}={baseline!r}: there are {list(wide)}")
     rows = {o: _paired((wide[o] - wide[baseline]).dropna()) for o in wide if o != baseline}
     diffs = pd.DataFrame.from_dict(rows, orient='index', columns=['pairs', 'diff', 'diff_ci95', 'p'])
-    return summarize(df, by, metric).join(diffs.astype({'pairs': 'Int64'}))  # whole also beside the baseline's blank
+    types = {'pairs': 'Int64', 'diff': float, 'diff_ci95': float, 'p': float}  # also where the baseline is alone
+    return summarize(df, by, metric).join(diffs.astype(types))
 
 # %% ../nbs/08_tables.ipynb #a908ad88
 def gains(

@@ -653,15 +653,13 @@ def test_ctrl_c(repo, when, sig):
 def test_interrupted_and_resumed(repo):
     "Ctrl-C in the middle of a grid: what had ended is kept, the same command trains the rest and shows all"
     axes = "Run(data='sin', model='mlp', n_train=50, n_valid=50, bs=25, iters=20), seed=range(4)"
-    notebook(repo/'nbs/studies/58_grid.ipynb', 'Grid?', 'import os, time\nfrom gradreg import study',
+    notebook(repo/'nbs/studies/58_grid.ipynb', 'Grid?', 'import os, time\nfrom gradreg.training import run',
              'from gradreg.study import Run, grid, results, run_all',
              # the third run waits until it is interrupted, the first time
-             f"""train = study.run
-def slow(r, device):
+             f"""def slow(r, device):
     if r.seed == 2 and not os.path.exists('waited'): open('waited', 'w').close(); time.sleep(300)
-    return train(r, device)
-study.run = slow
-rows = run_all(grid({axes}), results('grid'), jobs=1)
+    return run(r, device)
+rows = run_all(grid({axes}), results('grid'), jobs=1, run=slow)
 print('seeds', *rows.seed)""")
     file, end = repo/'nbs/studies/results/grid.csv', time.monotonic() + 300
     p = subprocess.Popen([GRADREG, 'run', 'grid'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

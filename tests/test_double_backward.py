@@ -167,8 +167,9 @@ def penalised(net, x, y, penalty, context):
     "Weight gradients of a penalised loss, by one backward pass; the logits."
     x = x.detach().requires_grad_()
     with context: z = net(x)
-    torch.manual_seed(1)
-    pen = double_back(F.cross_entropy(z, y, reduction='none'), x) if penalty is double_back else penalty(z, x)
+    g = torch.Generator(x.device).manual_seed(1)  # of probes and signs
+    losses = F.cross_entropy(z, y, reduction='none')
+    pen = double_back(losses, x) if penalty is double_back else penalty(z, x, generator=g)
     net.zero_grad()
     (F.cross_entropy(z, y) + .1*pen.mean()).backward()
     return z.detach(), [p.grad for p in net.parameters()]

@@ -413,7 +413,7 @@ def test_sampled_norms(name, c):
         norms, se = sampled_jac_norms(net, x, n=n, bs=64)
         assert norms.shape == se.shape == (200,)
         off = (norms - exact)/se.clamp(min=1e-9)
-        assert c == 1 or .85 < off.square().mean().sqrt() < 1.25
+        assert c == 1 or .85 < off.square().mean().sqrt() < (1.6 if n == 8 else 1.25)  # Student's t of 7 is 1.18
         assert abs(off.mean()) < 4/200**.5 + .15  # the root of an unbiased estimate is a little low
         errors.append(se.mean().item())
     assert c == 1 and max(errors) < 1e-9 or 1.8 < errors[0]/errors[1] < 2.2
