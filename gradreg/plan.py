@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import median
 import pandas as pd
+from .arrays import find_arrays
 from .rows import DONE, results, studies_folder
 import torch
 from .runs import Run, grid, settings
@@ -176,13 +177,15 @@ def _prototype():
     return (pd.read_csv(folder/'steps.csv', comment='#').set_index(_same).ms/1000).to_dict()
 
 # %% ../nbs/25_plan.ipynb #36db8d79
+def _run_of(row): return Run(**{k: row[k] for k in vars(Run())})
+
 def pace(
     rows:pd.DataFrame # rows as `run_all` returns them, of one device
 )->dict: # (model, bs, precision, penalised) -> seconds per plain step (`cost`)
     "How fast the runs of each kind went: the median of seconds per unit of `cost`."
     units = {}
     for o in rows[rows.status == 'ok'].to_dict('records'):
-        r = Run(**{k: o[k] for k in vars(Run())})
+        r = _run_of(o)
         units.setdefault(_kind(r), []).append(o['seconds']/cost(r))
     return {k: median(v) for k,v in units.items()}
 
@@ -195,8 +198,6 @@ def seconds(
     return _prototype().get(_kind(r), math.nan)*r.iters
 
 # %% ../nbs/25_plan.ipynb #13268958
-def _run_of(row): return Run(**{k: row[k] for k in vars(Run())})
-
 def todo(
     steps=None # of the plan; all of it if None
 )->list: # of (Step, Run), each Run once
@@ -242,15 +243,16 @@ def work(
     run=None,       # as in `run_all`
     clock=time.monotonic # seconds
 )->list: # of the Runs that were trained
-    "Train what is missing, from the top of the plan, until no further run fits into the minutes."
+    "Train what is missing and has its data here, from the top of the plan, until no further run fits."
     end,tried,known = clock() + 60*minutes,[],{}
     while True:
-        left = [r for _,r in todo(steps) if r not in tried]
+        left = [r for _,r in todo(steps) if r not in tried and (run or find_arrays(r.data))]
         if not (now := fitting(left, (end - clock())/60, known)[:1]) or clock() >= end: return tried
         tried += now
         rows = run_all(now, results(now[0].data), 1, 'loky', device, run)
         known.update(pace(rows))
-        for o in rows.to_dict('records'): print(f"{o['status']}: {_said(now[0])}, {o['seconds']:.0f} s", flush=True)
+        for o in rows.to_dict('records'):
+            print(f"{o['status']}: {_said(now[0])}, {o.get('seconds', math.nan):.0f} s", flush=True)
 
 # %% ../nbs/25_plan.ipynb #ba32b662
 def _said(r):
@@ -274,6 +276,8 @@ def _main(
     left = [r for _,r in todo(steps)]
     n = len(fitting(left, args.minutes, {}))
     print(f'{len(left)} runs are missing, of which about {n} fit into {args.minutes:g} minutes', flush=True)
+    away = sorted({r.data for r in left if not find_arrays(r.data)})
+    if away: print(f"not on this machine: {', '.join(away)}")
     if args.minutes: work(args.minutes, steps, args.device)
     print(missing().round(0).to_string())
     return 0

@@ -2,7 +2,7 @@
 import os, subprocess, sys
 from pathlib import Path
 import pytest
-from gradreg.plan import BASES, plan
+from gradreg.plan import BASES, Step, plan, work
 from gradreg.runs import NETWORKS
 
 root = Path(__file__).resolve().parents[1]
@@ -63,3 +63,18 @@ def test_the_first_runs_are_the_papers_table():
         and {r.seed for r in first} == {0, 1, 2}
         and {r.data for r in first} == {'cifar10'}
     )
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    for k in 'GRADREG_SMOKE', 'GRADREG_JOBS', 'GRADREG_SEEDS': monkeypatch.delenv(k, raising=False)
+    monkeypatch.setenv('GRADREG_RESULTS', str(tmp_path))
+    def fails_once(r, device):
+        if r.seed == 0: raise MemoryError('too large')
+        return {**vars(r), 'status': 'ok', 'seconds': 1.0, 'test': 0.5, 'valid': 0.5}
+    steps = [Step('cifar', {'baseline': BASES['cifar10']}, 2)]
+    with pytest.warns(UserWarning, match='too large'): assert [r.seed for r in work(5, steps, run=fails_once)] == [0, 1]
+    assert 'MemoryError: too large: cifar10, seed=0' in capsys.readouterr().out
+
+def test_runs_without_their_data_are_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setenv('GRADREG_RESULTS', str(tmp_path))
+    monkeypatch.setattr('gradreg.plan.find_arrays', lambda name: None)
+    assert work(5, [Step('cifar', {'baseline': BASES['cifar10']}, 2)]) == [] and not list(tmp_path.iterdir())
