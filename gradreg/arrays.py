@@ -7,7 +7,7 @@ __all__ = ['Arrays', 'shown', 'check_arrays', 'whole_file', 'find_arrays', 'load
 
 # %% ../nbs/05_arrays.ipynb #fdf634b0
 import difflib, math, os, re, secrets, stat, tempfile, warnings, zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPException
 from io import BytesIO
@@ -29,7 +29,7 @@ _format = ('wanted: x_train, y_train[, x_test, y_test][, classes]; images uint8,
            'labels integers from 0 up, (N,)')
 
 def shown(
-    text, # a name or a message that may come from a file
+    text:object, # a name or a message that may come from a file
     width:int=60, # characters at most, from 4 up
 )->str: # one line
     "`text` as it can go to a terminal or a title: what is not printable is escaped, what is too long is cut"
@@ -95,10 +95,10 @@ def check_arrays(
 # %% ../nbs/05_arrays.ipynb #c5745306
 @contextmanager
 def whole_file(
-    path, # of the file, `~` is one's home; a link is followed, folders that are missing are made
+    path:str|Path, # of the file, `~` is one's home; a link is followed, folders that are missing are made
     mode:str='wb', # 'wb' for bytes, 'w' for text
     **kwargs # passed to `open`, such as `encoding`
-): # a context manager that gives the open file
+)->Iterator: # a context manager that gives the open file
     "A file that takes the place of `path` when the block ends, whole; a block that fails leaves `path` as it was"
     path = Path(os.path.realpath(os.path.expanduser(path)))
     if path.exists() and not path.is_file(): raise FileExistsError(f'{path} is a folder, a pipe or a device')
@@ -336,7 +336,7 @@ def _pixels(im):
     raise ValueError(f'the data set gives a {type(im).__name__}, not a PIL image: it must not transform to tensors')
 
 def as_arrays(
-    data, # name or path, see `load_arrays`; `Arrays` or a dict of them; a data set of (PIL image, label) items, or two
+    data:object, # name or path, see `load_arrays`; `Arrays` or a dict of them; data set of (PIL image, label), or two
 )->Arrays: # checked arrays
     "A data set, however it is given: of two data sets, (train, test), the second is the test set"
     if isinstance(data, (str, os.PathLike)): return load_arrays(data)

@@ -10,6 +10,7 @@ __all__ = ['MEASURED', 'PENALTIES', 'attention', 'Case', 'cases', 'stepper', 'in
 import os
 os.environ.setdefault('KINETO_LOG_LEVEL', '9')  # read when torch is imported: its profiler need not report on itself
 import argparse, json, platform, statistics, tempfile, time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -97,7 +98,7 @@ def cases(
 def stepper(
     case:Case,          # what to do
     device:torch.device # where
-):
+)->Callable:
     "A function that makes the next training step of a case, on a batch and a network of its own."
     torch.manual_seed(0)
     build, shape, n_out = MEASURED[case.network]
@@ -131,10 +132,10 @@ def _alternating(step, case, device):
 
 # %% ../nbs/24_bench.ipynb #fadc42f4
 def interleave(
-    steps:dict,          # functions without arguments, by name
-    rounds:int,          # how often each takes its turn, >= 1
-    device:torch.device, # where they run
-    times=lambda name: 1 # how often a step is made within a turn
+    steps:dict,                   # functions without arguments, by name
+    rounds:int,                   # how often each takes its turn, >= 1
+    device:torch.device,          # where they run
+    times:Callable=lambda name: 1 # how often a step is made within a turn
 )->dict: # milliseconds a step of each, a list over the rounds
     "Time steps in turns."
     clock = time.perf_counter if device.type == 'cuda' else time.process_time
@@ -151,7 +152,7 @@ def interleave(
 
 # %% ../nbs/24_bench.ipynb #eaa2cd7e
 def peak_mb(
-    f,                  # a function without arguments
+    f:Callable,         # a function without arguments
     device:torch.device # where it runs
 )->float: # MB
     "Peak memory of one call above what was there before it."
@@ -180,7 +181,7 @@ def measure(
     group:list,          # Cases that take turns; a plain step is among them
     rounds:int,          # turns of each
     device:torch.device, # where
-    memory=True          # peak memory, too?
+    memory:bool=True     # peak memory, too?
 )->list: # of rows
     "Time and memory of cases, and their ratios to the plain step."
     steps = {c: stepper(c, device) for c in group}
@@ -204,9 +205,9 @@ def about(
     return dict(machine(device), machine=name, load=load, date=str(date.today()))
 
 def add(
-    path,     # the csv file
-    rows:list # of cases on this device
-):
+    path:str|Path, # the csv file
+    rows:list      # of cases on this device
+)->None:
     "Put rows into a file, in the place of those of the same case and device."
     key = lambda row: tuple(str(row[k]) for k in ('device', *asdict(Case())))
     new = {key(row) for row in rows}
@@ -215,11 +216,11 @@ def add(
 
 # %% ../nbs/24_bench.ipynb #65c643a7
 def bench(
-    path,           # the csv file
-    rounds:int=5,   # turns of each case, >= 1
-    only:str='',    # a network's name, all of them if empty
-    memory=True,    # peak memory, too?
-    device=None     # where; a GPU if there is one
+    path:str|Path,                    # the csv file
+    rounds:int=5,                     # turns of each case, >= 1
+    only:str='',                      # a network's name, all of them if empty
+    memory:bool=True,                 # peak memory, too?
+    device:str|torch.device|None=None # where; a GPU if there is one
 )->list: # of rows
     "Measure what a penalty costs, network by network, and write after each."
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))

@@ -7,6 +7,7 @@ __all__ = ['Recorded', 'GradReg', 'SpectReg', 'FrobReg', 'JacReg', 'ConfidencePe
 
 # %% ../nbs/10_callbacks.ipynb #a1ecc316
 import math, warnings, zlib
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import partial
 from numbers import Integral, Real
@@ -27,11 +28,11 @@ from .penalties import frob_reg, gaussian, outputs_of, spect_reg, summed, sums_e
 class Recorded(Callback):
     "A callback that records a number per batch; their mean over an epoch is a column of the training log."
     first = property(lambda self: not (self.read or self.unread))  # nothing yet, in this fit
-    def check(self): "Refuse what would go wrong in a training that begins."
+    def check(self)->None: "Refuse what would go wrong in a training that begins."
     def __init__(self): self.read,self.unread,self.start,self._fresh = [],[],0,True
     def record(self,
         value:Tensor # a single number
-    ): self.unread.append(value.detach().clone())  # in place it would pin the memory around it
+    )->None: self.unread.append(value.detach().clone())  # in place it would pin the memory around it
 
     @property
     def recorded(self)->list: # of floats
@@ -51,7 +52,7 @@ def epoch_mean(self:Recorded)->float: # NaN where nothing was recorded
     return sum(values)/len(values) if values else math.nan
 
 @patch
-def drop_column(self:Recorded):
+def drop_column(self:Recorded)->None:
     "Take the column out of the Learner's metrics."
     self.learn.metrics = L(m for m in self.learn.metrics if getattr(m, 'func', None) != self.epoch_mean)
 
@@ -100,8 +101,8 @@ class GradReg(Recorded):
     def __init__(self,
         lam:float,     # the paper's lambda, finite, at least 0; 0 trains bit for bit as without the callback
         *,
-        every:int=1,   # apply on each `every`-th batch, `every` times as strong (Karras et al. 2020)
-        at=None,       # the layer in whose output to penalise: a name or a function model -> module; None: the inputs
+        every:int=1,               # apply on each `every`-th batch, `every` times as strong (Karras et al. 2020)
+        at:str|Callable|None=None, # the layer in whose output to penalise, by name or model -> module; None: the inputs
         generator:torch.Generator|None=None, # what draws random numbers; None: a seeded one of the callback's own
         fast:bool=True # forward pass in `fast_double_backward`? The derivatives are the same within rounding
     ):
@@ -173,7 +174,7 @@ def _compiled(model): # `torch.compile(model)` or `model.compile()`, in any subm
     return any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None for m in model.modules())
 
 @patch
-def check(self:GradReg):
+def check(self:GradReg)->None:
     "Refuse a Learner in which the penalty would go wrong."
     kind = type(self).__name__
     if not self.learn.training:
@@ -195,7 +196,7 @@ def _leaf(x):
     return x if x.requires_grad else x.detach().requires_grad_()
 
 @patch
-def prepare(self:GradReg):
+def prepare(self:GradReg)->None:
     "Before the forward pass of a batch on which the penalty applies: inputs that require grad, `around` it."
     if self.at is None: self.learn.xb = tuple(_leaf(x) for x in self.xb)
     if contexts := self.around(): Within.of(self.model).contexts[id(self)] = contexts
@@ -237,8 +238,8 @@ def outputs(self:GradReg)->Tensor: # (N,C), or (N,C,*) where they are dense
 # %% ../nbs/10_callbacks.ipynb #c0de0006
 @patch
 def scaled(self:GradReg,
-    penalty,  # a function `(y, x, *args)->(N,)` that is quadratic in `y`, such as `spect_reg`
-    y:Tensor, # outputs computed from the inputs, an example per row
+    penalty:Callable, # a function `(y, x, *args)->(N,)` that is quadratic in `y`, such as `spect_reg`
+    y:Tensor,         # outputs computed from the inputs, an example per row
     *args, **kwargs
 )->Tensor: # (N,)
     "`penalty(s*y, x)/s**2` summed over `inputs`, with the root `s` of a gradient scaler's scale, else `penalty(y, x)`."
@@ -262,8 +263,8 @@ def rng(self:GradReg,
 # %% ../nbs/10_callbacks.ipynb #c0de0029
 @patch
 def draw(self:GradReg,
-    probe,   # a function of the outputs, with or without an argument `generator`
-    y:Tensor # outputs, an example per row
+    probe:Callable, # a function of the outputs, with or without an argument `generator`
+    y:Tensor        # outputs, an example per row
 )->Tensor: # of y's shape
     "`probe(y)`, drawn from the callback's generators."
     return drawn(probe, y, self.rng(y.device), self.rng(torch.device('cpu')))
@@ -275,16 +276,16 @@ class SpectReg(GradReg):
     def __init__(self,
         lam:float,      # strength, at least 0; 0.03 on small MNIST
         *,
-        probe=gaussian, # distribution of the projection: `gaussian`, `sphere`, `rademacher`, any function of the logits
-        every:int=1,    # apply on each `every`-th batch, `every` times as strong
-        at=None,        # the layer in whose output to penalise: a name or a function model -> module; None: the inputs
+        probe:Callable=gaussian,   # distribution of the projection: `gaussian`, `sphere`, `rademacher`, any function
+        every:int=1,               # apply on each `every`-th batch, `every` times as strong
+        at:str|Callable|None=None, # the layer in whose output to penalise, by name or model -> module; None: the inputs
         generator:torch.Generator|None=None, # what draws the probe; None: a seeded one of the callback's own
         fast:bool=True  # forward pass in `fast_double_backward`?
     ):
         super().__init__(lam, every=every, at=at, generator=generator, fast=fast)
         if not callable(probe): raise ValueError(f"probe={probe!r}: must be a function of the outputs, like gaussian")
         self.probe = probe
-    def penalty(self):
+    def penalty(self)->Tensor:
         y = self.outputs()
         return self.scaled(spect_reg, y, self.draw(self.probe, y))
 
@@ -292,7 +293,7 @@ class SpectReg(GradReg):
 class FrobReg(GradReg):
     "Penalise `frob_reg`, the exact squared Frobenius norm of the logits' Jacobian (paper, section 2.1)."
     passes = staticmethod(lambda n_out: n_out)
-    def penalty(self):
+    def penalty(self)->Tensor:
         y = self.outputs()
         return self.scaled(frob_reg, y, generator=self.rng(y.device))
 
@@ -305,7 +306,7 @@ def _several(z, axis):
 class JacReg(GradReg):
     "Penalise `jac_reg`, the exact squared Frobenius norm of the probabilities' Jacobian (paper, section 2.1)."
     passes = staticmethod(lambda n_out: n_out - 1)
-    def penalty(self):
+    def penalty(self)->Tensor:
         z,axis = self.outputs(),class_axis(self.learn.loss_func)
         if z.ndim > 2:
             raise ValueError(f"outputs of shape {tuple(z.shape)}: JacReg takes a backward pass for each of "
@@ -323,8 +324,8 @@ class ConfidencePenalty(GradReg):
         *,
         every:int=1 # apply on each `every`-th batch, `every` times as strong
     ): super().__init__(lam, every=every)
-    def prepare(self): pass  # needs no derivative in the input
-    def penalty(self):
+    def prepare(self)->None: pass  # needs no derivative in the input
+    def penalty(self)->Tensor:
         z,axis = self.outputs(),class_axis(self.learn.loss_func)
         z = torch.stack([z, torch.zeros_like(z)], 1) if axis is None else _several(z, axis).movedim(axis, 1)
         return confidence_penalty(z).reshape(len(z), -1).mean(1)  # an example with many counts once, as in its loss
@@ -337,4 +338,4 @@ class DoubleBack(GradReg):
         n,loss = find_bs(self.xb),self.learn.loss_func(self.pred, *self.yb).as_subclass(Tensor).reshape(())
         if self.first: self._sum = sums_examples(self.learn.loss_func, self.pred, *self.yb)
         return (loss/n if self._sum else loss).expand(n)
-    def penalty(self): return self.scaled(double_back, self.shares())
+    def penalty(self)->Tensor: return self.scaled(double_back, self.shares())

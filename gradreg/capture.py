@@ -7,6 +7,7 @@ __all__ = ['CudaRecorder', 'CudaGraph']
 
 # %% ../nbs/16_capture.ipynb #61fd33eb
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 import torch
@@ -20,18 +21,18 @@ from .callbacks import GradReg, Recorded
 class CudaRecorder:
     "Records functions without arguments as CUDA graphs that share their memory."
     def __init__(self,
-        device # a CUDA device
+        device:torch.device # a CUDA device
     ): self.stream,self.pool = torch.cuda.Stream(device),torch.cuda.graph_pool_handle()
-    def aside(self, f):
+    def aside(self, f:Callable)->None:
         "Run `f` at once, on the stream on which functions will be recorded."
         now = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(now)
         with torch.cuda.stream(self.stream): f()
         now.wait_stream(self.stream)
     def record(self,
-        f,            # a function without arguments, whose kernels are recorded and not executed
-        generators=() # what `f` draws from, apart from PyTorch's global generator
-    ): # a function that replays `f`
+        f:Callable,            # a function without arguments, whose kernels are recorded and not executed
+        generators:Iterable=() # what `f` draws from, apart from PyTorch's global generator
+    )->Callable: # a function that replays `f`
         graph = torch.cuda.CUDAGraph()
         for g in generators: graph.register_generator_state(g)
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream): f()
@@ -60,7 +61,7 @@ class _Numbers:
 
 # %% ../nbs/16_capture.ipynb #9fd5987a
 @patch
-def update(self:_Numbers):
+def update(self:_Numbers)->None:
     "Bring the groups' numbers to the tensors."
     flat = lambda v: v if isinstance(v, tuple) else (v,)
     new = self.floats()
@@ -72,7 +73,7 @@ def update(self:_Numbers):
 
 @patch
 @contextmanager
-def inside(self:_Numbers):
+def inside(self:_Numbers)->Iterator:
     "The groups hold the tensors."
     floats = self.floats()
     for g, ts in zip(self.groups, self.tensors): g.update(ts)
@@ -87,7 +88,7 @@ class CudaGraph(Callback):
     def __init__(self,
         warmup:int=3, # batches of each kind that are trained before one is recorded
         limit:int=16, # kinds of batches; more would mean that something differs in every batch
-        recorder=None # what records, as a `CudaRecorder` does; that of the Learner's device unless given
+        recorder:object=None # what records, as a `CudaRecorder` does; that of the Learner's device unless given
     ): self.warmup,self.limit,self.given = warmup,limit,recorder
     def before_fit(self):
         if self.learn.lock.locked(): return  # validation
@@ -134,7 +135,7 @@ def recorded(self:CudaGraph)->SimpleNamespace:
 
 # %% ../nbs/16_capture.ipynb #34c9487a
 @patch
-def step(self:CudaGraph, graph, forward):
+def step(self:CudaGraph, graph:SimpleNamespace, forward:Callable)->None:
     "Train on the inputs of `graph`, and keep what the step leaves: the loss, and what callbacks have recorded."
     self.learn.xb,self.learn.yb = map(tuple, graph.inputs)
     if forward: self.model.forward = forward
@@ -145,7 +146,7 @@ def step(self:CudaGraph, graph, forward):
     graph.values = [(cb, cb.unread.pop()) for cb, n in zip(watches, before) if len(cb.unread) > n]
 
 @patch
-def replay(self:CudaGraph, graph):
+def replay(self:CudaGraph, graph:SimpleNamespace)->None:
     "Train on the current batch by `graph`."
     for here, new in zip(sum(graph.inputs, []), (*self.xb, *self.yb)): here.data.copy_(new)
     graph.numbers.update()
@@ -173,7 +174,7 @@ def _refusal(opt, cbs, batch): # why a step cannot be recorded; None if it can
 
 # %% ../nbs/16_capture.ipynb #688a7b1b
 @patch
-def check(self:CudaGraph): # a recorder
+def check(self:CudaGraph)->object: # a recorder
     "Refuse a Learner whose step cannot be recorded."
     if no := _refusal(self.opt, self.learn.cbs, (*self.xb, *self.yb)): raise ValueError(no)
     if not self.given and self.x.device.type != 'cuda':

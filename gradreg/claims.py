@@ -25,10 +25,10 @@ def _paper_csv():
     raise ValueError("there is no nbs/studies/paper.csv here or above: give its path")
 
 def paper(
-    table:int,   # number of a table of the paper, 1-8
-    by='method', # column, or list of columns, that tells the groups apart: data, method, setting, metric
-    path=None,   # of paper.csv; None: beside the studies of the repository one stands in
-    **where      # column=value, to choose among the rows of the table
+    table:int,               # number of a table of the paper, 1-8
+    by:str|list='method',    # column, or list of columns, that tells the groups apart: data, method, setting, metric
+    path:str|Path|None=None, # of paper.csv; None: beside the studies of the repository one stands in
+    **where                  # column=value, to choose among the rows of the table
 )->pd.DataFrame: # a row per group: n, mean, sd
     "What the paper printed, as a table like that of `summarize` (paper, Tables 1-8)."
     df = pd.read_csv(path or _paper_csv()).fillna({'setting': ''})
@@ -50,8 +50,8 @@ def _check(**tables):
 
 # %% ../nbs/09_claims.ipynb #ec6d6bd4
 def welch(
-    a, # table with the columns n, mean, sd, or one row of it
-    b  # another; groups are matched by their index
+    a:pd.DataFrame|pd.Series, # table with the columns n, mean, sd, or one row of it
+    b:pd.DataFrame|pd.Series  # another; groups are matched by their index
 )->tuple: # difference of the means, a - b, and half-width of its 95 % interval; NaN without n >= 2 and sd on both sides
     "Difference of two means of independent runs, with Welch's interval (Satterthwaite's degrees of freedom)."
     u,v = a.sd**2/a.n,b.sd**2/b.n
@@ -109,9 +109,9 @@ def _as_in_paper(o):
     return _verdict(o.n, o.diff, o.diff_ci95, math.copysign(1, o.paper_diff))
 
 def effects(
-    ours:pd.DataFrame,   # what `compare` returns: a row per group with pairs, diff, diff_ci95
-    theirs:pd.DataFrame, # what `paper` returns, in the same unit and with the same names of groups
-    baseline='baseline'  # the group that the others are compared with
+    ours:pd.DataFrame,      # what `compare` returns: a row per group with pairs, diff, diff_ci95
+    theirs:pd.DataFrame,    # what `paper` returns, in the same unit and with the same names of groups
+    baseline:str='baseline' # the group that the others are compared with
 )->pd.DataFrame: # a row per other group: n (pairs), diff, diff_ci95, paper_n, paper_diff, paper_diff_ci95, verdict
     "Our paired differences to the baseline beside the paper's, and the verdict on the sign of the paper's."
     _check(ours=ours, theirs=theirs)
@@ -134,7 +134,7 @@ def _check_sign(sign, margin):
 def claim(
     text:str,           # the claim, with its place in the paper
     table:pd.DataFrame, # what `compare` returns
-    group,              # of the table, the one that the claim is about
+    group:object,       # of the table, the one that the claim is about
     sign:int,           # 1 if the difference to the table's baseline is said to be positive, -1 negative, 0 none
     margin:float=0      # for `sign` 0, the largest difference that counts as none, in the unit of the table
 )->dict: # claim, n (pairs), effect, ci95; verdict: confirmed, contradicted, not shown, too few runs, not run
@@ -147,7 +147,7 @@ def claim(
 
 # %% ../nbs/09_claims.ipynb #6e26c896
 def all_claims(
-    folder=None # with files claims_*.csv; None: the results of the repository one stands in
+    folder:str|Path|None=None # with files claims_*.csv; None: the results of the repository one stands in
 )->pd.DataFrame: # study, claim, n, effect, ci95, verdict: a row per claim
     "The claims of all studies, in the order of the studies."
     studies = studies_folder()
@@ -164,7 +164,7 @@ def _study(path): return path.stem.removeprefix('claims_')
 
 # %% ../nbs/09_claims.ipynb #a0d359ff
 def told(
-    o # a claim: has claim, effect, ci95
+    o:dict|pd.Series # a claim: has claim, effect, ci95
 )->str: # '+0.31 ± 0.10 points', or '× 0.35 (0.26 to 0.47)' where the claim is about a logarithm; '' without an effect
     "An effect with its 95 % interval in words; a difference of logarithms as the ratio that it is."
     known = not math.isnan(o.ci95)
@@ -205,8 +205,8 @@ def headlines(
 
 # %% ../nbs/09_claims.ipynb #b597e5bb
 def say(
-    *sentences # texts; those that are empty are left out
-):
+    *sentences:str # texts; those that are empty are left out
+)->None:
     "Print sentences, each from a line of its own on, wrapped at 92 characters."
     print(*(textwrap.fill(o, 92) for o in sentences if o), sep='\n')
 
@@ -214,7 +214,7 @@ def say(
 class Verdicts:
     "Claims as a reader wants them, the verdict first: a table on a page, wrapped lines on a terminal."
     def __init__(self,
-        claims # what `all_claims` returns, or a list of what `claim` returns
+        claims:pd.DataFrame|list # what `all_claims` returns, or a list of what `claim` returns
     ):
         found = pd.DataFrame(claims, columns=['verdict', 'claim', 'effect', 'ci95', 'n'])
         self.table = found.assign(effect=[told(o) for o in found.itertuples()]).drop(columns='ci95')

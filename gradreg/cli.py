@@ -14,7 +14,7 @@ from .notebooks import read_study, save_page, save_study, studies, study_name, t
 from .runs import BACKENDS, DATA, REGULARIZERS, Run, grid, settings
 
 # %% ../nbs/23_cli.ipynb #63df6cfd
-def list_studies():
+def list_studies()->None:
     "List the studies: name and question."
     lines,wrong = [],[]
     for name,path in studies().items():
@@ -25,7 +25,7 @@ def list_studies():
 
 def show(
     study:str # name of a study, see `gradreg list`
-):
+)->None:
     "Show the tables of a study as they stand in its notebook."
     path = find_study(study)
     empty = f'{path.name} holds no tables yet: `gradreg run {study}` computes them'
@@ -34,7 +34,7 @@ def show(
 # %% ../nbs/23_cli.ipynb #ec929619
 def show_claims(
     results:str=None # folder of the result files; GRADREG_RESULTS or the repository's own if not given
-):
+)->None:
     "Show what holds of the paper: the tally, then each claim with its verdict and our effect."
     from gradreg.claims import Verdicts, all_claims, headlines # here: slow to import
     given = results or os.environ.get('GRADREG_RESULTS')
@@ -55,7 +55,7 @@ def _part(name, x, y, n_classes):
 
 def data(
     name:str # mnist, cifar10, cifar100, tiny_imagenet, digits, or NAME for your NAME.npz in the folder GRADREG_DATA
-):
+)->None:
     "Say where a data set lies, fetching it if need be, and what is in it."
     if name in DATA: return print(f'{name}: no arrays; {DATA[name]} makes its points for each seed')
     from gradreg.arrays import find_arrays, load_arrays
@@ -136,7 +136,7 @@ def run_study(
     data:str=None,    # folder with data sets
     results:str=None, # folder of the result files; the repository's own, nbs/studies/results, if not given
     out:str=None      # folder for notebook, figures and page; out/STUDY beside the study's notebook if not given
-):
+)->None:
     "Run a study: train what its result file lacks, print the tables, write figures and a page."
     path = find_study(study).resolve()
     env = _environment(_options(seeds=seeds, jobs=jobs, backend=backend, device=device), data=data, results=results)
@@ -171,7 +171,7 @@ def tune_strength(
     results:str='tune.csv', # result file; what it holds is not trained again
     device:str=None,        # as in `gradreg run`
     **fields                # of `Run`
-):
+)->None:
     "Choose a strength by the mean metric on validation points; the test set plays no part."
     from gradreg import study, tables, training # here: slow to import
     if os.getcwd() not in sys.path: sys.path.append(os.getcwd()) # where one's own modules lie
@@ -239,7 +239,7 @@ def _call(argv):
 
 # %% ../nbs/23_cli.ipynb #20ff2b77
 def main(
-    argv=None # arguments, those of the process if None
+    argv:list|None=None # arguments, those of the process if None
 )->int: # exit code: 0 done, 1 a cell failed, 2 wrong use, 130 interrupted, 141 the reader of a pipe went away
     "The `gradreg` command."
     with warnings.catch_warnings():

@@ -7,6 +7,7 @@ __all__ = ['balanced_idxs', 'split_idxs', 'channel_stats', 'scale', 'ArrayDS', '
            'image_dls', 'sin_dls', 'image_loaders', 'sin_loaders']
 
 # %% ../nbs/06_data.ipynb #68e4849b
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from functools import lru_cache
@@ -101,22 +102,23 @@ class ArrayDS:
     ): self.x, self.y, self.vocab, self.mean, self.sd, self.task = x, y, vocab, mean, sd, task
 
     @property
-    def c(self): return len(self.vocab) if self.vocab else self.y.shape[1] # fastai: how many outputs a model needs
+    def c(self)->int: return len(self.vocab) if self.vocab else self.y.shape[1] # fastai: how many outputs a model needs
     @property
-    def tensors(self): return (self.x,) if self.y is None else (self.x, self.y)
+    def tensors(self)->tuple: return (self.x,) if self.y is None else (self.x, self.y)
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return tuple(t[i] for t in self.tensors)
-    def to(self, device): return self.new(*(t.to(device) for t in self.tensors))
-    def new_empty(self): return self.new(*(t[:0].clone() for t in self.tensors)) # a view would keep all the data
+    def to(self, device:str|torch.device)->'ArrayDS': return self.new(*(t.to(device) for t in self.tensors))
+    def new_empty(self)->'ArrayDS':
+        return self.new(*(t[:0].clone() for t in self.tensors)) # a view would keep all the data
 
 # %% ../nbs/06_data.ipynb #90559a51
 @patch(as_prop=True)
-def loss_func(self:ArrayDS):
+def loss_func(self:ArrayDS)->CrossEntropyLossFlat:
     "The loss of a `Learner` that is given none: cross-entropy for classes"
     if self.vocab: return CrossEntropyLossFlat()
     raise AttributeError('no classes: the task says what the loss is')
 @patch
-def new(self:ArrayDS, x, y=None):
+def new(self:ArrayDS, x:object, y:object=None)->ArrayDS:
     "The same with other inputs and targets"
     ds = copy(self)
     ds.x, ds.y = x, y
@@ -134,7 +136,7 @@ def rows(self:ArrayDS,
 class PixelTfms:
     "fastai's batch transforms for scaled images: on the pixels in 0...1, plain tensors before and after"
     def __init__(self,
-        tfms, # a transform or a list of them
+        tfms:Callable|list, # a transform or a list of them
         ds:ArrayDS # how the images are scaled
     ):
         if ds.mean is None: raise ValueError(f'batch transforms are for images, not for {tuple(ds.x.shape)}')
@@ -152,7 +154,7 @@ class PixelTfms:
 @contextmanager
 def set_split_idx(self:ArrayDS,
     i:int|None, # 0 for training, 1 for validation
-): # a context manager
+)->Iterator: # a context manager
     "Within the block batch transforms do what they do for this part; fastai's `tta` asks for it"
     before, self.split_idx = self.split_idx, i
     try: yield self
@@ -167,7 +169,7 @@ class ArrayDL(DataLoader):
         shuffle:bool=False, # a new order in each epoch?
         drop_last:bool=False, # leave out the last batch if it is smaller?
         seed:int=0, # of the order, from 0 up
-        device=None, # where the data shall lie; where they are, if None
+        device:str|torch.device|None=None, # where the data shall lie; where they are, if None
         **kwargs # passed to `DataLoader`; `after_batch` is a function of the batch, or batch transforms
     ):
         given = {k: v for k,v in kwargs.items() if v is not None}
@@ -177,21 +179,22 @@ class ArrayDL(DataLoader):
         super().__init__(dataset, bs=bs, shuffle=shuffle, drop_last=drop_last, device=device, **given)
         self.seed, self.epoch = seed, 0
         if device is not None: self.to(device)
-    def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, **{'seed': self.seed, **kwargs})
+    def new(self, dataset:ArrayDS|None=None, cls:type|None=None, **kwargs)->'ArrayDL':
+        return super().new(dataset, cls, **{'seed': self.seed, **kwargs})
 
 # %% ../nbs/06_data.ipynb #d6d9021a
 @patch
-def to(self:ArrayDL, device): self.dataset, self.device = self.dataset.to(device), device
+def to(self:ArrayDL, device:str|torch.device)->None: self.dataset, self.device = self.dataset.to(device), device
 @patch
-def randomize(self:ArrayDL): self.epoch += 1
+def randomize(self:ArrayDL)->None: self.epoch += 1
 @patch
-def shuffle_fn(self:ArrayDL, idxs):
+def shuffle_fn(self:ArrayDL, idxs:list)->list:
     "`idxs` in the order of this seed and epoch"
     return np.argsort(_uniform(len(idxs), self.seed, _shuffle, self.epoch), kind='stable').tolist()
 
 # %% ../nbs/06_data.ipynb #ec52dda8
 @patch
-def create_batches(self:ArrayDL, samps):
+def create_batches(self:ArrayDL, samps:Iterable)->Iterator:
     "Batches of the rows `samps`, one indexing call for each, transformed as the data set says"
     idxs = torch.tensor(list(samps), dtype=torch.int64, device=self.dataset.x.device)
     end = len(idxs) - len(idxs) % self.bs if self.drop_last else len(idxs)
@@ -205,7 +208,7 @@ def __iter__(self:ArrayDL):
     yield from self.create_batches(self.get_idxs())
     self.after_iter()
 @patch
-def one_batch(self:ArrayDL):
+def one_batch(self:ArrayDL)->tuple:
     "The first batch of the present order; the next epoch stays what it would have been"
     if not len(self): raise ValueError(f'{len(self.dataset)} points give no batch of bs={self.bs}')
     return next(self.create_batches(self.get_idxs()))
@@ -213,11 +216,11 @@ def one_batch(self:ArrayDL):
 # %% ../nbs/06_data.ipynb #d9aad41f
 @patch
 def show_batch(self:ArrayDL,
-    b=None, # a batch; the first one if None
+    b:tuple|None=None, # a batch; the first one if None
     max_n:int=18, # images at most
-    ctxs=None, # axes to draw in; new ones if None
+    ctxs:list|None=None, # axes to draw in; new ones if None
     **kwargs # passed to `imshow`, or to `plot` where the inputs are no images
-):
+)->None:
     "Images under the names of their classes, or targets over the first input"
     (x, *y), ds = (o.cpu() for o in (b or self.one_batch())), self.dataset
     if x.ndim != 4: return (ctxs or plt.subplots(figsize=(5, 3))[1]).plot(x[:,0], y[0][:,0], '.', **kwargs)
@@ -234,7 +237,7 @@ def show_batch(self:ArrayDL,
 class ArrayDataLoaders(DataLoaders):
     "fastai's `DataLoaders` with the official test set as third loader"
     @property
-    def test(self):
+    def test(self)->ArrayDL|None:
         if len(self.loaders) > 2: return self[2]
         raise ValueError('this data set has no test part: x_test and y_test')
 
@@ -262,14 +265,14 @@ def _dls(sets, bs, valid_bs, seed, device, batch_tfms=None):
 
 # %% ../nbs/06_data.ipynb #aedf4a0a
 def image_dls(
-    data, # a name, a path, arrays, or whatever else `as_arrays` takes
+    data:object, # a name, a path, arrays, or whatever else `as_arrays` takes
     per_class:int|None, # training points per class, 200 for the paper's small data sets; None for all that are left
     n_valid:int|float=10_000, # validation points, from the rest of the training corpus; below 1 a share of it
     seed:int=0, # of the subset, of the validation points and of the order of the batches, from 0 up
     bs:int=50, # training points per batch
     valid_bs:int=1000, # validation or test points per batch
-    device=None, # where the data lie; fastai's default device if None
-    batch_tfms=None, # fastai's batch transforms, random ones for training and for `learn.tta()` alone
+    device:str|torch.device|None=None, # where the data lie; fastai's default device if None
+    batch_tfms:Callable|list|None=None, # fastai's batch transforms; random ones for training and `learn.tta()` alone
 )->ArrayDataLoaders: # train, valid, and test if there is one; float32 (N,C,H,W), channels_last
     "A small balanced training subset, validation points from the rest, the test set; scaled by the subset (section 4)"
     a = as_arrays(data)
@@ -292,7 +295,7 @@ def sin_dls(
     seed:int=0, # of the points, of their noise and of the order of the batches, from 0 up
     bs:int=50, # training points per batch
     n_valid:int=1000, # validation points
-    device=None, # where the data lie; fastai's default device if None
+    device:str|torch.device|None=None, # where the data lie; fastai's default device if None
 )->ArrayDataLoaders: # train, valid, test (1,000 noise-free points); inputs and targets float32, (N,1)
     "The paper's SIN: noisy points of f(x) = sin(5x) on [-1,1], and the function itself to test on (section 4)"
     if min(n, n_valid) < 1 or not 0 <= noise < np.inf:
@@ -311,7 +314,7 @@ def image_loaders(
     n_valid:int, # validation points, from the rest of the training corpus
     seed:int, # as in `image_dls`
     bs:int, # training points per batch
-    device=None, # where the data lie; fastai's default device if None
+    device:str|torch.device|None=None, # where the data lie; fastai's default device if None
 )->ArrayDataLoaders: # train, valid, test, with the task 'classification'
     "`image_dls` of a data set for a study, by the number of training points in all (section 4)"
     file = find_arrays(name)
@@ -327,7 +330,7 @@ def sin_loaders(
     n_valid:int, # validation points
     seed:int, # as in `sin_dls`
     bs:int, # training points per batch
-    device=None, # where the data lie; fastai's default device if None
+    device:str|torch.device|None=None, # where the data lie; fastai's default device if None
 )->ArrayDataLoaders: # train, valid, test, with the task 'sin'
     "`sin_dls` for a study, with the paper's noise (section 4)"
     return sin_dls(n_train, seed=seed, bs=bs, n_valid=n_valid, device=device)

@@ -9,6 +9,7 @@ __all__ = ['sq_norm', 'NoSecondDerivative', 'layer_of', 'vjp', 'unit_rows', 'jac
 # %% ../nbs/00_jacobians.ipynb #5de8dd7f
 import math, re
 import torch
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import count
@@ -210,9 +211,9 @@ def _all_rows(y, x, rows, signs):
 def jacobian_rows(
     y:Tensor, # outputs computed from `x`, (N,C), or (N,) for one each
     x:Tensor, # inputs or any tensor of the graph that `y` depends on, requires grad, (N,*D)
-    rows=None, # K >= 1 directions (K,C), or a function (i, j) -> directions i to j; the unit vectors unless given
-    signs=None # a function k -> (k,N): what each example multiplies the next k directions by; 1 unless given
-): # an iterator over (N,k,*D), differentiable unless grad mode is off
+    rows:Tensor|Callable|None=None, # K >= 1 directions (K,C), or (i, j) -> directions i to j; the unit vectors if None
+    signs:Callable|None=None # k -> (k,N): what each example multiplies the next k directions by; 1 unless given
+)->Iterator: # over (N,k,*D), differentiable unless grad mode is off
     "The rows of `jacobian` a few at a time, for sums over them that need no copy of them all (paper, section 2.4)."
     _check(y, x)
     if y.ndim == 1: y = y.unsqueeze(1)
@@ -225,7 +226,7 @@ def jacobian_rows(
 def jacobian(
     y:Tensor, # outputs computed from `x`, (N,C), or (N,) for one each
     x:Tensor, # inputs or any tensor of the graph that `y` depends on, requires grad, (N,*D)
-    rows=None # K >= 1 directions (K,C) to multiply it by from the left, or a function (i, j) -> directions i to j
+    rows:Tensor|Callable|None=None # K >= 1 directions (K,C) to multiply it by from the left, or (i, j) -> directions
 )->Tensor: # (N,K,*D) or (N,C,*D), differentiable unless grad mode is off
     "The exact Jacobian of each example, or `rows` times it: one backward pass per row (paper, section 2.4)."
     return torch.cat([*jacobian_rows(y, x, rows)], 1)
@@ -243,7 +244,7 @@ def top_eigenpair(
 def gram_product(
     y:Tensor, # outputs computed from `x`, (N,C)
     x:Tensor  # inputs or any tensor of the graph that `y` depends on, requires grad, (N,*D)
-): # the map u -> J J^T u, (N,C) -> (N,C)
+)->Callable: # the map u -> J J^T u, (N,C) -> (N,C)
     "Products with $JJ^T$, of the size of the outputs, without J: two backward passes each."
     u0 = torch.zeros_like(y, requires_grad=True)
     with torch.enable_grad(): h = vjp(y, x, u0)  # J^T u0 as a function of u0: linear, so the point u0 does not matter
@@ -263,7 +264,7 @@ def _new_direction(u, Q):
 
 # %% ../nbs/00_jacobians.ipynb #f27cdb04
 def lanczos(
-    mul,             # u -> A u for a symmetric positive semidefinite A per example, (N,C) -> (N,C)
+    mul:Callable,    # u -> A u for a symmetric positive semidefinite A per example, (N,C) -> (N,C)
     u:Tensor,        # where to start, (N,C)
     tol:float=1e-3,  # largest residual accepted, relative to the eigenvalue, >= 0
     max_iter:int=100 # products at most, >= 1

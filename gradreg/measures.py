@@ -7,7 +7,7 @@ __all__ = ['jac_norms', 'sampled_jac_norms', 'spectral_norms', 'loss_grad_norms'
 
 # %% ../nbs/11_measures.ipynb #11335996
 import torch, warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
@@ -117,9 +117,9 @@ def _frobenius(net, x):
     with torch.no_grad(): return frob_reg(z, x, generator=_seeded(z)).sqrt()
 
 def jac_norms(
-    model,     # a network that returns logits (N,C), a fastai Learner with one, or a function from inputs to logits
-    x,         # inputs, float, (N,*D), N >= 1, or a DataLoader
-    bs:int=128 # examples worked on at a time, >= 1
+    model:Callable,    # a network that returns logits (N,C), a Learner with one, or a function from inputs to logits
+    x:Tensor|Iterable, # inputs, float, (N,*D), N >= 1, or a DataLoader
+    bs:int=128         # examples worked on at a time, >= 1
 )->Tensor: # (N,), on the device of the inputs
     "Frobenius norm (not squared) of the logits' Jacobian at each example: the root of `frob_reg` (paper, section 2.1)."
     return _chunkwise(_frobenius, model, x, bs=bs)
@@ -133,11 +133,11 @@ def _sampled(net, x, n, generator):
     return torch.stack([mean.sqrt(), error/(2*mean.sqrt()).masked_fill(mean == 0, 1)], 1)
 
 def sampled_jac_norms(
-    model,      # a network, a Learner, or a function from inputs to outputs, (N,C) or any shape with an example per row
-    x,          # inputs, float, (N,*D), N >= 1, or a DataLoader
-    n:int=16,   # directions per example, >= 2
-    bs:int=128, # examples worked on at a time, >= 1
-    seed:int=0  # of the directions
+    model:Callable,    # a network, a Learner, or a function from inputs to outputs with an example per row
+    x:Tensor|Iterable, # inputs, float, (N,*D), N >= 1, or a DataLoader
+    n:int=16,          # directions per example, >= 2
+    bs:int=128,        # examples worked on at a time, >= 1
+    seed:int=0         # of the directions
 )->tuple: # the norms (N,) and their standard errors (N,), on the device of the inputs
     "Frobenius norm of the outputs' Jacobian, estimated from `n` projections (paper, section 2.4, claim 1)."
     if n < 2: raise ValueError(f"n is the number of directions per example, at least 2, not {n}")
@@ -176,9 +176,9 @@ def _spectral(net, x, tol, max_iter):
 
 # %% ../nbs/11_measures.ipynb #a07f326f
 def spectral_norms(
-    model,      # a network that returns logits (N,C), a fastai Learner with one, or a function from inputs to logits
-    x,          # inputs, float, (N,*D), N >= 1, or a DataLoader
-    bs:int=128, # examples worked on at a time, >= 1
+    model:Callable,    # a network that returns logits (N,C), a Learner with one, or a function from inputs to logits
+    x:Tensor|Iterable, # inputs, float, (N,*D), N >= 1, or a DataLoader
+    bs:int=128,        # examples worked on at a time, >= 1
     tol:float=1e-3,  # beyond 32 classes: the residual at which to stop, relative, >= 0; the error is about its square
     max_iter:int=100 # beyond 32 classes: products with J J^T at most, >= 1
 )->Tensor: # (N,), on the device of the inputs; NaN where the Jacobian is not finite
@@ -196,9 +196,9 @@ def _loss_gradient(net, x, y, loss_func):
     with torch.no_grad(): return double_back(losses, x).sqrt()
 
 def loss_grad_norms(
-    model,  # a network that returns logits (N,C), a fastai Learner with one, or a function from inputs to logits
-    x,      # inputs, float, (N,*D), N >= 1, or a DataLoader
-    y=None, # targets as `loss_func` takes them, a tensor with one per example; a DataLoader has its own
+    model:Callable,     # a network that returns logits (N,C), a Learner with one, or a function from inputs to logits
+    x:Tensor|Iterable,  # inputs, float, (N,*D), N >= 1, or a DataLoader
+    y:Tensor|None=None, # targets as `loss_func` takes them, a tensor with one per example; a DataLoader has its own
     loss_func:Callable=partial(F.cross_entropy, reduction='none'), # (logits, y) -> (N,), unreduced
     bs:int=128 # examples worked on at a time, >= 1
 )->Tensor: # (N,), on the device of the inputs
@@ -214,10 +214,10 @@ def _right(net, x, y):
     return z.argmax(1) == y
 
 def accuracy(
-    model,     # a network that returns logits (N,C), C >= 2, a Learner with one, or a function from inputs to logits
-    x,         # inputs, float, (N,*D), N >= 1, or a DataLoader
-    y=None,    # class indices, integers (N,); a DataLoader has its own
-    bs:int=128 # examples worked on at a time, >= 1
+    model:Callable,     # a network that returns logits (N,C), C >= 2, a Learner with one, or a function to logits
+    x:Tensor|Iterable,  # inputs, float, (N,*D), N >= 1, or a DataLoader
+    y:Tensor|None=None, # class indices, integers (N,); a DataLoader has its own
+    bs:int=128          # examples worked on at a time, >= 1
 )->float: # in [0,1]
     "Share of the examples whose largest logit is that of their class."
     right = _chunkwise(_right, model, x, y, bs=bs)

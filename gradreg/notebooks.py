@@ -8,6 +8,7 @@ __all__ = ['study_name', 'studies', 'find_study', 'expanded', 'read_cells', 'que
 
 # %% ../nbs/22_notebooks.ipynb #9503ecf3
 import asyncio, base64, hashlib, json, re, signal, sys, textwrap
+from collections.abc import Iterator
 from contextlib import suppress
 from html import escape
 from importlib.util import find_spec
@@ -44,7 +45,7 @@ def find_study(
     return known[name]
 
 def expanded(
-    text # path of a file or a folder; ~ is one's home, ~anna Anna's
+    text:str|Path # path of a file or a folder; ~ is one's home, ~anna Anna's
 )->Path:
     "A path as the shell reads it, or an error that names the path of an unknown user."
     try: return Path(text).expanduser()
@@ -70,7 +71,7 @@ def _cell(cell):
 
 # %% ../nbs/22_notebooks.ipynb #d3cd665f
 def read_cells(
-    nb # path of a notebook, or its content
+    nb:str|Path|dict # path of a notebook, or its content
 )->list: # of dicts with kind, source and outputs, these as dicts of texts by kind: stdout, text/plain, image/png ...
     "The cells of a notebook with all that a page or a terminal shows."
     try:
@@ -95,9 +96,9 @@ def harmless(
     return re.sub(obeyed, lambda m: m[0].encode('unicode_escape').decode(), text.replace('\r\n', '\n'))
 
 def texts(
-    cells:list,    # what `read_cells` returns
-    width:int=160  # where a line that is longer is wrapped, in characters
-): # iterator over texts
+    cells:list,   # what `read_cells` returns
+    width:int=160 # where a line that is longer is wrapped, in characters
+)->Iterator: # over texts
     "The tables and printed sentences of an executed notebook, in order."
     for o in (o for c in cells for o in c['outputs']):
         kinds = ('stdout',) if 'image/png' in o else ('stdout', 'text/markdown', 'text/plain')
@@ -113,7 +114,7 @@ class StudyFailed(Exception):
 
 def read_study(
     path:Path # of a study's notebook
-): # notebook, as nbformat has it
+)->dict: # notebook, as nbformat has it
     "A study ready to be executed, or an error that says what is missing."
     missing = [o for o in ('ipykernel', 'nbclient', 'nbconvert') if not find_spec(o)]
     if missing: raise ImportError(f"a study is a notebook, and running it needs: pip install {' '.join(missing)}")
@@ -156,10 +157,10 @@ def _client(nb, folder):
 
 # %% ../nbs/22_notebooks.ipynb #3a94e7ef
 def execute(
-    nb,          # notebook, as nbformat has it; outputs are stored in it
+    nb:dict,     # notebook, as nbformat has it; outputs are stored in it
     folder:Path, # where its kernel runs
     env:dict     # the kernel's environment
-):
+)->None:
     "Run all cells of a notebook, in place."
     from nbclient.exceptions import CellExecutionError, DeadKernelError
     client = _client(nb, folder)
@@ -181,7 +182,7 @@ blockquote{border-left:3px solid #bbb;margin-left:0;padding-left:1rem;color:#555
 img{max-width:100%}.anchor-link,.jp-InputPrompt,.jp-OutputPrompt,.prompt{display:none}"""
 
 def html_page(
-    nb,       # executed notebook, as nbformat has it
+    nb:dict,  # executed notebook, as nbformat has it
     title:str # of the page
 )->str:
     "An executed notebook as one self-contained HTML page."
@@ -206,16 +207,16 @@ def may_write(
 
 # %% ../nbs/22_notebooks.ipynb #ce3602ed
 def save_study(
-    nb,         # executed notebook, as nbformat has it
-    path:Path   # where to write it
-):
+    nb:dict,  # executed notebook, as nbformat has it
+    path:Path # where to write it
+)->None:
     "Write an executed notebook."
     from gradreg.arrays import whole_file # here: slow to import
     nb.metadata['gradreg'] = _seal(read_cells(nb))
     with whole_file(path, 'w', encoding='utf-8') as f: json.dump(nb, f, indent=1)
 
 def save_page(
-    nb,          # executed notebook, as nbformat has it
+    nb:dict,     # executed notebook, as nbformat has it
     folder:Path, # where to write
     name:str     # of the study
 )->list: # of paths

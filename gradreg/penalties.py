@@ -10,6 +10,7 @@ __all__ = ['double_back', 'sums_examples', 'frob_reg', 'contrasts', 'jac_reg', '
 # %% ../nbs/01_penalties.ipynb #8e5e05c5
 import difflib, inspect
 import torch
+from collections.abc import Callable, Iterator
 from copy import copy
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial, reduce, update_wrapper
@@ -41,9 +42,9 @@ def _twice(o):
     return torch.cat([o, o]) if isinstance(o, Tensor) and o.ndim else o
 
 def sums_examples(
-    loss_func, # a loss function of outputs and targets
-    y,         # outputs of a batch, (N,C) or whatever it takes
-    *targets   # its other arguments
+    loss_func:Callable, # a loss function of outputs and targets
+    y:Tensor,           # outputs of a batch, (N,C) or whatever it takes
+    *targets            # its other arguments
 )->bool:
     "Whether a loss function is a sum over examples, not a mean."
     reduction = getattr(_unwrapped(loss_func), 'reduction', None)
@@ -70,7 +71,7 @@ def _signs(y, generator, k): return _own_signs(y.detach(), k) if generator is No
 def frob_reg(
     y:Tensor, # outputs computed from `x`, (N,C), or (N,) for one each
     x:Tensor, # inputs or any tensor of the graph that `y` depends on, requires grad, (N,*D)
-    rows=None, # of an orthonormal basis, (K,C), or a function (i, j) -> rows i to j; the unit vectors unless given
+    rows:Tensor|Callable|None=None, # of an orthonormal basis, (K,C), or (i, j) -> rows i to j; the unit vectors if None
     *,
     generator:torch.Generator|None=None # of the signs; one of this module's own, seeded once, unless given
 )->Tensor: # (N,)
@@ -120,7 +121,7 @@ def _says_sigmoid(loss): # as fastai's losses say it, by a method `activation`
 
 # %% ../nbs/01_penalties.ipynb #d01e0013
 def class_axis(
-    loss_func # a loss function
+    loss_func:Callable # a loss function
 )->int|None: # None: each output is a class of its own, by the sigmoid
     "The axis along which a loss function takes the softmax: the second one, unless it says otherwise."
     loss = _unwrapped(loss_func)
@@ -191,8 +192,8 @@ def _takes_generator(probe):
     except ValueError: return False  # built in
 
 def drawn(
-    probe,         # a function of the logits, with or without an argument `generator`
-    logits:Tensor, # (N,C) or any shape with an example per row
+    probe:Callable, # a function of the logits, with or without an argument `generator`
+    logits:Tensor,  # (N,C) or any shape with an example per row
     *generators:torch.Generator # one on the logits' device, then those of other devices on which the probe may draw
 )->Tensor: # of the logits' shape
     "`probe(logits)`, drawn from the given generators; the global ones stay where they are."
@@ -212,15 +213,15 @@ def _one_direction(probe, logits, **kw):
     return v.expand_as(logits)
 
 def one_direction(
-    probe # `gaussian`, `sphere`, `rademacher` or any function of the logits
-): # a probe of the same arguments: (N,C) -> (N,C), all rows equal
+    probe:Callable # `gaussian`, `sphere`, `rademacher` or any function of the logits
+)->Callable: # a probe of the same arguments: (N,C) -> (N,C), all rows equal
     "The probe that draws once and gives the whole batch the same row, as the authors' code did."
     return update_wrapper(partial(_one_direction, probe), probe)
 
 # %% ../nbs/01_penalties.ipynb #d01e0032
 def find_layer(
     model:nn.Module, # a network
-    at # a layer's name, as `model.named_modules()` has it, or a function model -> layer
+    at:str|Callable # a layer's name, as `model.named_modules()` has it, or a function model -> layer
 )->nn.Module:
     "The layer that `at` names, or picks."
     names = {name: m for name, m in model.named_modules() if name}  # not the network itself
@@ -248,9 +249,9 @@ def _keep(found, at, n, module, args, out):
 @contextmanager
 def outputs_of(
     model:nn.Module, # a network
-    at,   # a layer's name, as `model.named_modules()` has it, or a function model -> layer
-    n:int # examples in the batch, N
-): # a context around the forward pass, which gives a list: after it, a tensor (N,*D) for each call of the layer
+    at:str|Callable, # a layer's name, as `model.named_modules()` has it, or a function model -> layer
+    n:int            # examples in the batch, N
+)->Iterator: # a context around the forward pass that gives a list: after it, a tensor (N,*D) for each call
     "What a layer gives in a forward pass, to penalise in: `with outputs_of(model, 'emb', n) as xs: y = model(ids)`."
     found = []
     handle = find_layer(model, at).register_forward_hook(partial(_keep, found, at, n))
@@ -261,13 +262,14 @@ def outputs_of(
 class Within:
     "Stands in for a model's `forward` for one call, made within `contexts` (lists, by who wants them)."
     @classmethod
-    def of(cls, model): return model.forward if isinstance(model.forward, cls) else cls(model)  # who does already
+    def of(cls, model:nn.Module)->'Within': # who does already
+        return model.forward if isinstance(model.forward, cls) else cls(model)
     def __init__(self,
         model:nn.Module # the network that is to be called
     ):
         self.model,self.forward,self.own,self.contexts = model,model.forward,'forward' in vars(model),{}
         model.forward = self
-    def leave(self):
+    def leave(self)->None:
         "Give the model its own `forward` back."
         if self.own: self.model.forward = self.forward
         else: vars(self.model).pop('forward', None)
@@ -279,9 +281,9 @@ class Within:
 
 # %% ../nbs/01_penalties.ipynb #d01e0036
 def summed(
-    penalty,  # a function `(y, x, *args)->(N,)`, such as `spect_reg`
-    y:Tensor, # outputs computed from all `xs`, an example per row
-    xs:list,  # of tensors that require grad, (N,*D)
+    penalty:Callable, # a function `(y, x, *args)->(N,)`, such as `spect_reg`
+    y:Tensor,         # outputs computed from all `xs`, an example per row
+    xs:list,          # of tensors that require grad, (N,*D)
     *args, **kwargs # to the penalty: `spect_reg` needs the same probe for all
 )->Tensor: # (N,)
     "The penalty in several tensors, where the squared norms of their derivatives add up."

@@ -9,9 +9,10 @@ __all__ = ['BASES', 'AUTHORS', 'DIRECTIONS', 'LENGTHS', 'DECADES', 'FIFTY', 'TIN
 
 # %% ../nbs/25_plan.ipynb #232caefc
 import argparse, math, time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from statistics import median
 import pandas as pd
 from .arrays import find_arrays
@@ -63,7 +64,7 @@ def tuned(
     base:Run, # what all share
     axes:dict, # as in `sweep`
     seeds:int, # of the sweep
-    path=None # result file; that of the data set if None
+    path:str|Path|None=None # result file; that of the data set if None
 )->dict: # method -> Run, of those methods whose sweep is whole
     "Each method with the strength that is best on validation points; the test set plays no part (paper, section 4)."
     best = {}
@@ -102,7 +103,7 @@ def directions()->dict: # name -> Run
             for k,vs in DIRECTIONS.items() for v in vs}
 
 def lengths(
-    iters # lengths of training, in steps
+    iters:Iterable # lengths of training, in steps
 )->dict: # name -> Run
     "Baseline and SpectReg, with and without weight decay, trained for so many steps."
     four = 'baseline', 'SpectReg', 'baseline, wd 0', 'SpectReg, wd 0'
@@ -152,9 +153,9 @@ def plan()->list: # of Steps, first things first
 
 # %% ../nbs/25_plan.ipynb #3233f6bd
 def trained(
-    arms:dict, # name -> Run
-    seeds:int, # 0, 1, ...
-    jobs=None  # as in `run_all`; None: 0 without a GPU
+    arms:dict,         # name -> Run
+    seeds:int,         # 0, 1, ...
+    jobs:int|None=None # as in `run_all`; None: 0 without a GPU
 )->pd.DataFrame: # rows as `readable` has them, with the columns arm and top-5 accuracy (percent)
     "The rows of some arms: trained where there is a GPU, else those that are there."
     if jobs is None and not (torch.cuda.is_available() or settings().smoke): jobs = 0
@@ -199,7 +200,7 @@ def seconds(
 
 # %% ../nbs/25_plan.ipynb #13268958
 def todo(
-    steps=None # of the plan; all of it if None
+    steps:Iterable|None=None # of the plan; all of it if None
 )->list: # of (Step, Run), each Run once
     "The runs of the plan that the result files lack, in its order."
     wanted = {}
@@ -213,7 +214,7 @@ def todo(
 
 # %% ../nbs/25_plan.ipynb #fd32a5da
 def missing(
-    known=None # what `pace` returns for the device in question; the prototype's step times if None
+    known:dict|None=None # what `pace` returns for the device in question; the prototype's step times if None
 )->pd.DataFrame: # a row per study: runs, minutes
     "How many runs each study of the plan still needs, and how many minutes they take on a GPU."
     need = [dict(study=s.study, runs=1, minutes=seconds(r, known or {})/60) for s,r in todo()]
@@ -222,7 +223,7 @@ def missing(
 
 # %% ../nbs/25_plan.ipynb #1ec5a9a3
 def fitting(
-    runs,        # Runs, in order
+    runs:Iterable,        # Runs, in order
     minutes:float, # there are
     known:dict   # what `pace` returns
 )->list: # of Runs
@@ -237,11 +238,11 @@ def fitting(
 
 # %% ../nbs/25_plan.ipynb #30ddfd9b
 def work(
-    minutes:float,  # of wall-clock time
-    steps=None,     # of the plan; all of it if None
-    device=None,    # as in `run_all`
-    run=None,       # as in `run_all`
-    clock=time.monotonic # seconds
+    minutes:float,            # of wall-clock time
+    steps:Iterable|None=None, # of the plan; all of it if None
+    device:str|None=None,     # as in `run_all`
+    run:Callable|None=None,   # as in `run_all`
+    clock:Callable=time.monotonic # seconds
 )->list: # of the Runs that were trained
     "Train what is missing and has its data here, from the top of the plan, until no further run fits."
     end,tried,known = clock() + 60*minutes,[],{}

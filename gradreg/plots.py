@@ -7,6 +7,7 @@ __all__ = ['COLORS', 'POINTS', 'set_style', 'method_colors', 'blank', 'plot_grou
 
 # %% ../nbs/21_plots.ipynb #75be590c
 import itertools, re
+from collections.abc import Iterable
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -19,13 +20,13 @@ _named = ('SpectReg', 'DoubleBack', 'FrobReg', 'JacReg', 'ConfidencePenalty', 'w
           'BatchNorm')
 COLORS = dict(zip(_named, [*_palette[:8], _palette[9]]))
 
-def set_style():
+def set_style()->None:
     "The look of all figures, and tables as wide as a terminal shows."
     sns.set_theme(style='whitegrid', palette='colorblind')
     pd.set_option('display.width', 160)
 
 def method_colors(
-    names # of groups, with methods among them or not
+    names:Iterable # of groups, with methods among them or not
 )->dict|None: # colour by name; None where no method is among them
     "The colours of methods, and others for what stands beside them."
     spare = itertools.cycle(sns.color_palette('dark').as_hex())
@@ -43,10 +44,10 @@ def blank(
 
 # %% ../nbs/21_plots.ipynb #0744f6b0
 def plot_groups(
-    df:pd.DataFrame, # rows
-    by:str,          # column that tells the groups apart
-    ax:Axes,         # where to draw
-    metric='test'    # column to draw
+    df:pd.DataFrame,  # rows
+    by:str,           # column that tells the groups apart
+    ax:Axes,          # where to draw
+    metric:str='test' # column to draw
 )->Axes:
     "Each run as a dot, the mean of each group with its 95 % interval; the first group's mean as a line."
     colors = method_colors(df[by])
@@ -59,11 +60,11 @@ def plot_groups(
 
 # %% ../nbs/21_plots.ipynb #29c309f7
 def plot_curves(
-    df:pd.DataFrame, # rows
-    x:str,           # column for the horizontal axis, such as n_train or a strength
-    by:str,          # column that tells the curves apart
-    ax:Axes,         # where to draw
-    metric='test'    # column to draw
+    df:pd.DataFrame,  # rows
+    x:str,            # column for the horizontal axis, such as n_train or a strength
+    by:str,           # column that tells the curves apart
+    ax:Axes,          # where to draw
+    metric:str='test' # column to draw
 )->Axes:
     "A curve of means per group, with 95 % intervals, over one column of the runs."
     sns.lineplot(df, x=x, y=metric, hue=by, style=by, palette=method_colors(df[by]), markers=True, dashes=False,

@@ -28,14 +28,14 @@ class TangentProp(GradReg):
         lam:float,      # strength, at least 0
         *,
         tangents:Callable=relatives.tangents, # inputs (N,*D) -> directions that should not matter, (N,T,*D)
-        probe=gaussian, # distribution of the projection; None for the exact sum, with T passes more
-        every:int=1,    # apply on each `every`-th batch, `every` times as strong
-        generator=None, # what the probe is drawn from; None: a seeded generator of the callback's own
-        fast:bool=True  # forward pass in `fast_double_backward`?
+        probe:Callable|None=gaussian,        # distribution of the projection; None: the exact sum, T passes more
+        every:int=1,                         # apply on each `every`-th batch, `every` times as strong
+        generator:torch.Generator|None=None, # what draws the probe; None: a seeded one of the callback's own
+        fast:bool=True                       # forward pass in `fast_double_backward`?
     ):
         super().__init__(lam, every=every, generator=generator, fast=fast)
         self.tangents,self.probe = tangents,probe
-    def penalty(self):
+    def penalty(self)->Tensor:
         with torch.no_grad(): t = self.tangents(self.x)
         v = None if self.probe is None else self.draw(self.probe, self.pred)
         return self.scaled(tangent_prop, self.pred, t, v)
@@ -50,9 +50,9 @@ def _terms(inner, loss_func, pred, *yb):
     raise ValueError(f"{inner} gave losses {tuple(terms.shape)} for {len(pred)} examples, although reduction='none'")
 
 def own_losses(
-    loss_func,   # a Learner's loss function, with `reduction`
-    pred:Tensor, # outputs, an example per row
-    *yb          # targets, as the loss function takes them
+    loss_func:Callable, # a Learner's loss function, with `reduction`
+    pred:Tensor,        # outputs, an example per row
+    *yb:Tensor          # targets, as the loss function takes them
 )->Tensor: # (N,)
     "Each example's own loss: of a mean, with that mean; of a sum, its terms."
     inner = getattr(getattr(loss_func, '__self__', None), 'old_lf', loss_func)  # MixUp and CutMix keep it there
@@ -72,11 +72,11 @@ class DataGrad(GradReg):
     ):
         super().__init__(lam, every=every, fast=False)  # nothing is differentiated twice
         self.eps,self.norm = eps,norm
-    def around(self):
+    def around(self)->list:
         if len(self.xb) > 1: raise ValueError(f"{self.name} moves one input, but the batches have {len(self.xb)}")
         self._drawn = torch.get_rng_state(), *get_device_states(*self.xb)
         return super().around()
-    def penalty(self): return data_grad(self.losses_at, self.x, self.eps, self.norm)
+    def penalty(self)->Tensor: return data_grad(self.losses_at, self.x, self.eps, self.norm)
 
 # %% ../nbs/14_relative_callbacks.ipynb #297257d8
 @patch
@@ -102,7 +102,7 @@ class FiniteDifference(DataGrad):
         norm:float=2,   # norm of the loss gradient: 1, 2 or math.inf
         every:int=1     # apply on each `every`-th batch, `every` times as strong
     ): super().__init__(lam, eps=h, norm=norm, every=every)
-    def penalty(self): return finite_difference(self.losses_at, self.x, self.eps, self.norm)
+    def penalty(self)->Tensor: return finite_difference(self.losses_at, self.x, self.eps, self.norm)
 
 # %% ../nbs/14_relative_callbacks.ipynb #0ab15198
 class Layerwise(GradReg):
@@ -111,20 +111,20 @@ class Layerwise(GradReg):
     def __init__(self,
         lam:float,      # strength, at least 0
         *,
-        probe=gaussian, # distribution of the projections
-        every:int=1,    # apply on each `every`-th batch, `every` times as strong
-        generator=None, # what the probes are drawn from; None: a seeded generator of the callback's own
-        fast:bool=True  # forward pass in `fast_double_backward`?
+        probe:Callable=gaussian,             # distribution of the projections
+        every:int=1,                         # apply on each `every`-th batch, `every` times as strong
+        generator:torch.Generator|None=None, # what draws the probes; None: a seeded one of the callback's own
+        fast:bool=True                       # forward pass in `fast_double_backward`?
     ):
         super().__init__(lam, every=every, generator=generator, fast=fast)
         self.probe = probe
-    def penalty(self):
+    def penalty(self)->Tensor:
         def of(s, x): return chain_reg(self._chain, lambda z: s*self.draw(self.probe, z))  # quadratic in s
         return self.scaled(of, torch.ones((), device=self.x.device))
 
 # %% ../nbs/14_relative_callbacks.ipynb #d7882a53
 @patch
-def around(self:Layerwise):
+def around(self:Layerwise)->list:
     self._chain = [self.x]
     def pick(module, args, out): self._chain.append(out)
     return [*super(Layerwise, self).around(), *(o[-1].register_forward_hook(pick) for o in stages(self.model))]
@@ -136,15 +136,15 @@ class Sobolev(GradReg):
     def __init__(self,
         lam:float,        # strength, at least 0
         *,
-        oracle:nn.Module, # network whose Jacobian is to be matched, on the same device; it learns nothing
-        probe=gaussian,   # distribution of the projection
-        every:int=1,      # apply on each `every`-th batch, `every` times as strong
-        generator=None,   # what the probe is drawn from; None: a seeded generator of the callback's own
-        fast:bool=True    # forward pass in `fast_double_backward`?
+        oracle:nn.Module,                    # network whose Jacobian is to be matched, on the same device
+        probe:Callable=gaussian,             # distribution of the projection
+        every:int=1,                         # apply on each `every`-th batch, `every` times as strong
+        generator:torch.Generator|None=None, # what draws the probe; None: a seeded one of the callback's own
+        fast:bool=True                       # forward pass in `fast_double_backward`?
     ):
         super().__init__(lam, every=every, generator=generator, fast=fast)
         self.oracle,self.probe = oracle,probe
-    def penalty(self):
+    def penalty(self)->Tensor:
         x = self.x.detach().requires_grad_()
         def of(s, _): return sobolev(self.pred, self.x, self.oracle(x), x, s*self.draw(self.probe, self.pred))
         return self.scaled(of, torch.ones((), device=x.device))
@@ -164,7 +164,7 @@ class SpectralNorms(GradReg):
     def before_fit(self):
         super().before_fit()
         self.vectors = None  # another model, perhaps
-    def penalty(self):
+    def penalty(self)->Tensor:
         if self.vectors is None: self.vectors = start_vectors(self.model, self.x if self.operators else None)
         total = sum(s.square() for s in weight_spectral_norms(self.model, self.vectors).values())
         return total.expand(len(self.pred))  # the same for each example
@@ -176,15 +176,16 @@ class SpectralNormReg(GradReg):
     def __init__(self,
         lam:float,       # strength, at least 0
         *,
-        tol:float=1e-2,  # residual of the direction at which the search stops, relative, >= 0
-        every:int=1,     # apply on each `every`-th batch, `every` times as strong
-        at=None,         # the layer in whose output to penalise; None: the inputs
-        generator=None,  # what the search starts from is drawn from it; None: a seeded one of the callback's own
-        fast:bool=True   # forward pass in `fast_double_backward`?
+        tol:float=1e-2,                      # residual of the direction at which the search stops, relative, >= 0
+        every:int=1,                         # apply on each `every`-th batch, `every` times as strong
+        at:str|Callable|None=None,           # the layer in whose output to penalise; None: the inputs
+        generator:torch.Generator|None=None, # what draws its start; None: a seeded one of the callback's own
+        fast:bool=True                       # forward pass in `fast_double_backward`?
     ):
         super().__init__(lam, every=every, at=at, generator=generator, fast=fast)
         self.tol = tol
-    def penalty(self): return self.scaled(spectral_norm_reg, self.pred, self.draw(gaussian, self.pred), self.tol)
+    def penalty(self)->Tensor:
+        return self.scaled(spectral_norm_reg, self.pred, self.draw(gaussian, self.pred), self.tol)
 
 # %% ../nbs/14_relative_callbacks.ipynb #eb40362a
 class TwoSided(GradReg):
@@ -192,13 +193,13 @@ class TwoSided(GradReg):
     def __init__(self,
         lam:float,       # strength, at least 0
         *,
-        target:float=1., # length that costs nothing, >= 0
-        every:int=1,     # apply on each `every`-th batch, `every` times as strong
-        at=None,         # the layer in whose output to penalise; None: the inputs
-        fast:bool=True   # forward pass in `fast_double_backward`?
+        target:float=1.,           # length that costs nothing, >= 0
+        every:int=1,               # apply on each `every`-th batch, `every` times as strong
+        at:str|Callable|None=None, # the layer in whose output to penalise; None: the inputs
+        fast:bool=True             # forward pass in `fast_double_backward`?
     ):
         super().__init__(lam, every=every, at=at, fast=fast)
         self.target = target
-    def penalty(self):
+    def penalty(self)->Tensor:
         def of(s, x): return two_sided(s*self.pred, x, s*self.target)  # quadratic in s
         return self.scaled(of, torch.ones((), device=self.pred.device))

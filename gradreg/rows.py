@@ -7,6 +7,7 @@ __all__ = ['DONE', 'write_rows', 'load_rows', 'locked', 'append_row', 'check_wri
 
 # %% ../nbs/07_rows.ipynb #ba586ee6
 import os, platform, re, shutil, sys, tempfile, warnings, zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 import pandas as pd
@@ -68,9 +69,9 @@ def _put(path, text):
     with whole_file(path, 'w', encoding='utf-8', newline='') as f: f.write(text)
 
 def write_rows(
-    path, # the csv file; made if it does not exist
-    rows  # dicts of values by column
-):
+    path:str|Path, # the csv file; made if it does not exist
+    rows:Iterable  # dicts of values by column
+)->None:
     "Put a file with `rows` in the place of the old one: whole or not at all."
     _put(path, _lines([*map(_cells, rows)]))
 
@@ -213,9 +214,9 @@ def _found(path, rows, key, wanted):
 
 # %% ../nbs/07_rows.ipynb #a2d4d896
 def load_rows(
-    path,        # the csv file
-    key=None,    # as in `append_row`; needed for `wanted`
-    wanted=None  # rows to look for, of which the columns of `key` count; None for all rows
+    path:str|Path,            # the csv file
+    key:dict|None=None,       # as in `append_row`; needed for `wanted`
+    wanted:Iterable|None=None # rows to look for, of which the columns of `key` count; None for all rows
 )->pd.DataFrame: # a row per run, numbers as numbers; with `wanted` those that are there, indexed by their place in it
     "The rows of a result file; an empty table if there are none yet."
     rows,torn = _read(path := _file(path))
@@ -229,9 +230,9 @@ def load_rows(
 # %% ../nbs/07_rows.ipynb #c5b16ef7
 @contextmanager
 def locked(
-    path,      # of what one process at a time may change; the lock lies beside it, named *.lock
-    patience=5 # seconds after which a line on stderr says who holds the lock
-): # a context manager
+    path:str|Path,   # of what one process at a time may change; the lock lies beside it, named *.lock
+    patience:float=5 # seconds after which a line on stderr says who holds the lock
+)->Iterator: # a context manager
     "Wait until no other process has `path` locked, and lock it."
     lock,holder = FileLock(f'{path}.lock'),Path(f'{path}.holder.lock')
     try: lock.acquire(timeout=patience)
@@ -295,10 +296,10 @@ def _append(path, row, key):
 def _failure(e, what): return (OSError if isinstance(e, OSError) else ValueError)(f'{e}; {what}')
 
 def append_row(
-    path,     # the csv file; made if it does not exist
-    row:dict, # values by column, `status` among them
-    key:dict  # the columns that tell rows apart, each with the value that a blank stands for
-):
+    path:str|Path, # the csv file; made if it does not exist
+    row:dict,      # values by column, `status` among them
+    key:dict       # the columns that tell rows apart, each with the value that a blank stands for
+)->None:
     "Add a row to a result file: whole or not at all, and once. What cannot be added is saved beside it."
     _check_key(key)
     path = Path(path)
@@ -313,7 +314,7 @@ def append_row(
 
 # %% ../nbs/07_rows.ipynb #d3e3cb76
 def check_writable(
-    path # of a result file
+    path:str|Path # of a result file
 )->Path: # the file itself, absolute
     "Refuse a path that rows cannot be written to: a folder, a device, a pipe, a place without permission."
     try:

@@ -7,6 +7,7 @@ __all__ = ['t_interval', 'need_columns', 'summarize', 'compare', 'gains', 'ratio
 
 # %% ../nbs/08_tables.ipynb #af1905c8
 import math
+from collections.abc import Iterable
 import numpy as np, pandas as pd
 from scipy import stats
 
@@ -14,7 +15,7 @@ from scipy import stats
 def _half_width(sd, n): return sd/n**.5*stats.t.ppf(.975, n - 1)
 
 def t_interval(
-    values # numbers, (n,)
+    values:Iterable # numbers, (n,)
 )->tuple: # (low, high)
     "The 95 % interval of the mean by Student's t; the number itself where there is only one."
     mean,n = np.mean(values),len(values)
@@ -23,19 +24,19 @@ def t_interval(
 
 # %% ../nbs/08_tables.ipynb #dda1c524
 def need_columns(
-    df:pd.DataFrame, # a table
-    *columns,        # names, or lists of names, of the columns that it must have
-    name='the table' # what an error calls it
-):
+    df:pd.DataFrame,     # a table
+    *columns:str|list,   # names, or lists of names, of the columns that it must have
+    name:str='the table' # what an error calls it
+)->None:
     "Refuse a table that lacks a column."
     wanted = [c for o in columns for c in ([o] if isinstance(o, str) else o)]
     if missing := [c for c in wanted if c not in df]:
         raise ValueError(f"{name} has no column {missing}: its columns are {list(df)}")
 
 def summarize(
-    df:pd.DataFrame, # rows
-    by,              # column, or list of columns, that tells the groups apart
-    metric='test'    # column to summarize
+    df:pd.DataFrame,  # rows
+    by:str|list,      # column, or list of columns, that tells the groups apart
+    metric:str='test' # column to summarize
 )->pd.DataFrame: # a row per group: n, mean, sd, ci95 (half-width of the 95 % interval of the mean)
     "Number, mean, standard deviation and 95 % interval of a metric in each group, in order of appearance."
     need_columns(df, by, metric)
@@ -49,10 +50,10 @@ def _paired(d):
     return len(d),d.mean(),_half_width(d.std(), len(d)),p
 
 def compare(
-    df:pd.DataFrame, # rows with a column `seed`
-    by,              # column that tells the groups apart
-    baseline,        # its value in the group that the others are compared with
-    metric='test'    # column to compare
+    df:pd.DataFrame,  # rows with a column `seed`
+    by:str,           # column that tells the groups apart
+    baseline:object,  # its value in the group that the others are compared with
+    metric:str='test' # column to compare
 )->pd.DataFrame: # as `summarize`, and of the differences: pairs (seeds that both have), diff, diff_ci95, p (two-sided)
     "Each group beside the baseline, paired over the seeds that both have; an empty table of no rows."
     need_columns(df, 'seed', by, metric)
@@ -65,11 +66,11 @@ def compare(
 
 # %% ../nbs/08_tables.ipynb #a908ad88
 def gains(
-    df:pd.DataFrame, # rows with a column `seed`
-    by,              # column that tells the groups apart
-    baseline,        # its value in the group that the others are compared with
-    metric='test',   # column to compare
-    within=()        # column, or list of columns, whose values a row shares with the baseline's
+    df:pd.DataFrame,       # rows with a column `seed`
+    by:str,                # column that tells the groups apart
+    baseline:object,       # its value in the group that the others are compared with
+    metric:str='test',     # column to compare
+    within:str|Iterable=() # column, or list of columns, whose values a row shares with the baseline's
 )->pd.Series: # indexed as `df`; NaN where the baseline has no such row
     "Each row's metric minus that of the baseline's row of the same seed: the differences that `compare` averages."
     keys = ['seed', *([within] if isinstance(within, str) else within)]

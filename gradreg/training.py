@@ -8,6 +8,7 @@ __all__ = ['resolve', 'network', 'loaders', 'task_of', 'penalties', 'nesterov', 
 
 # %% ../nbs/13_training.ipynb #3fd03dc5
 import math, os, platform, subprocess, sys, time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
@@ -18,10 +19,11 @@ from pathlib import Path
 import torch
 from fastai.callback.core import (Callback, CancelFitException, CancelTrainException, CancelValidException,
                                   TrainEvalCallback)
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device, set_seed
-from torch import nn
+from torch import Tensor, nn
 from .callbacks import GradReg
 from .data import image_loaders
 from .measures import between, jac_norms, noise_like
@@ -32,8 +34,8 @@ except ImportError: resource = None  # Windows has none
 
 # %% ../nbs/13_training.ipynb #2e74236a
 def resolve(
-    path # 'module:name', or what is meant itself
-):
+    path:object # 'module:name', or what is meant itself
+)->object:
     "What an import path leads to; modules of the working folder are found too."
     if not isinstance(path, str): return path
     module,_,name = path.partition(':')
@@ -59,9 +61,9 @@ def network(
 
 # %% ../nbs/13_training.ipynb #25ef60b1
 def loaders(
-    r:Run,      # names the data
-    device=None # where they lie
-): # DataLoaders with `.test`, `.task` and `.c`, the number of outputs
+    r:Run,                            # names the data
+    device:str|torch.device|None=None # where they lie
+)->DataLoaders: # DataLoaders with `.test`, `.task` and `.c`, the number of outputs
     "The data of a Run (paper, section 4)."
     load = DATA.get(r.data) or (r.data if ':' in r.data else partial(image_loaders, r.data))
     dls = resolve(load)(r.n_train, r.n_valid, r.seed, r.bs, device)
@@ -95,7 +97,7 @@ def _penalty(cls, lam, r, device):
 
 def penalties(
     r:Run, # with the strengths
-    device=torch.device('cpu') # where it is trained
+    device:torch.device=torch.device('cpu') # where it is trained
 )->list: # of callbacks, one for each strength above zero
     "The penalties of a Run (paper, section 2)."
     strengths = {path: getattr(r, name) for name,path in REGULARIZERS.items()} | {r.penalty: r.strength}
@@ -103,8 +105,8 @@ def penalties(
 
 # %% ../nbs/13_training.ipynb #9c862f06
 def nesterov(
-    params,  # parameters, or groups of them
-    lr:float # learning rate, > 0
+    params:Iterable, # parameters, or groups of them
+    lr:float         # learning rate, > 0
 )->torch.optim.SGD:
     "SGD with Nesterov momentum 0.9, the authors' optimizer for CIFAR."
     return torch.optim.SGD(params, lr=lr, momentum=.9, nesterov=True)
@@ -122,11 +124,11 @@ def _opt_func(r):
 class HalfSumLoss(nn.Module):
     "Half the sum of squared errors over the batch, the authors' loss on SIN: bs/2 times the mean squared error."
     def __init__(self,
-        reduction='sum' # 'sum', or 'none' for one loss per example, as DoubleBack needs it
+        reduction:str='sum' # 'sum', or 'none' for one loss per example, as DoubleBack needs it
     ):
         super().__init__()
         self.reduction = reduction
-    def forward(self, pred, targ):
+    def forward(self, pred:Tensor, targ:Tensor)->Tensor:
         if pred.shape != targ.shape:
             raise ValueError(f"outputs {tuple(pred.shape)} and targets {tuple(targ.shape)} must have one shape: "
                              "they would be broadcast")
@@ -136,16 +138,16 @@ class HalfSumLoss(nn.Module):
 # %% ../nbs/13_training.ipynb #03509a05
 def mean_square(
     model:nn.Module, # in eval mode afterwards
-    x, # inputs, (N,*D)
-    y  # targets of the outputs' shape
+    x:Tensor, # inputs, (N,*D)
+    y:Tensor  # targets of the outputs' shape
 )->float:
     "Mean squared error, the score on SIN (paper, Table 8)."
     with torch.no_grad(): return nn.functional.mse_loss(model.eval()(x), y).item()
 
 def top5(
     model:nn.Module, # in eval mode afterwards
-    x, # inputs, (N,*D)
-    y  # class indices, (N,)
+    x:Tensor, # inputs, (N,*D)
+    y:Tensor  # class indices, (N,)
 )->float: # in [0,1]
     "Share of the examples whose class is among the five largest logits (paper, Table 5)."
     with torch.no_grad():
@@ -174,8 +176,8 @@ class Trace(Callback):
     "Measure the network before training and after given numbers of batches (for section 4 of the paper, last part)."
     order = Iterations.order - 1  # before the last batch ends the fit
     def __init__(self,
-        steps,  # numbers of batches, 0 for the start
-        measure # a function of the model, model->dict of numbers
+        steps:Iterable,  # numbers of batches, 0 for the start
+        measure:Callable # a function of the model, model->dict of numbers
     ): self.steps,self.measure,self.found = set(steps),measure,{}
     def before_batch(self):
         if self.train_iter == 0: self._look()
@@ -214,7 +216,7 @@ def _products(tf32):
 def arithmetic(
     r:Run,        # names the precision
     learn:Learner # of that run
-):
+)->Iterator:
     "The precision of a run, for its training and its measures."
     if r.precision == 'tf32' and learn.dls.device.type != 'cuda':
         raise ValueError(f"precision='tf32' on {learn.dls.device}: only NVIDIA's GPUs have it, take float32")
@@ -234,8 +236,8 @@ class _Learner(Learner):
 
 # %% ../nbs/13_training.ipynb #66bb7d87
 def learner(
-    r:Run,      # what to train
-    device=None # where; fastai's default device if None, the CPU in place of MPS
+    r:Run,                            # what to train
+    device:str|torch.device|None=None # where; fastai's default device if None, the CPU in place of MPS
 )->Learner: # not trained yet
     "The Learner of a Run: its data, its fresh network, loss, optimizer and penalties (paper, section 4)."
     set_seed(r.seed)
@@ -250,7 +252,7 @@ def learner(
 
 # %% ../nbs/13_training.ipynb #fe33372f
 @contextmanager
-def one_thread():
+def one_thread()->Iterator:
     "PyTorch on one thread, and afterwards on as many as before."
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -259,8 +261,8 @@ def one_thread():
 
 @one_thread()
 def train(
-    r:Run,      # what to train
-    device=None # as in `learner`
+    r:Run,                            # what to train
+    device:str|torch.device|None=None # as in `learner`
 )->Learner: # trained; `dls.train`, `dls.valid` and `dls.test` are its points
     "Train `r` by the clean protocol (paper, section 4). The same Run gives the same weights on one CPU."
     learn = learner(r, device)
@@ -327,8 +329,8 @@ def _peak_mb(device):
 # %% ../nbs/13_training.ipynb #a5032348
 @one_thread()
 def run(
-    r:Run,      # what to train
-    device=None # as in `learner`
+    r:Run,                            # what to train
+    device:str|torch.device|None=None # as in `learner`
 )->dict: # the row: the Run's fields, status, scores, slopes, seconds, memory, versions, machine
     "`train` `r` and measure the result (paper, section 4)."
     start = time.perf_counter()
@@ -339,8 +341,8 @@ def run(
 
 @one_thread()
 def rehearse(
-    r:Run,      # what is to be trained
-    device=None # as in `learner`
+    r:Run,                            # what is to be trained
+    device:str|torch.device|None=None # as in `learner`
 )->dict: # what `run` would find, from one step and a few points
     "One step on `r`'s own data, and each measure on four points: what can never work fails here, and not overnight."
     r = replace(r, iters=1, trace=0)

@@ -1,5 +1,5 @@
 "How the house is written: lines fit, cells are short, names have one home and private ones stay there."
-import ast, importlib, json, re
+import ast, importlib, inspect, json, re
 from collections import Counter
 from pathlib import Path
 import pytest
@@ -60,6 +60,32 @@ def test_no_cell_overwrites_what_is_exported(path):
     others = [c for c in code(path) if not has_flag(c, 'export', 'exporti')]
     assert not [(o, source(c)[:50]) for c in others for o in assigned(source(c)) if o in mine]
 
+# ---------------------------------------------------------------- types
+
+def offered(cls):
+    "Methods of a class that somebody calls; fastai calls the others, by the names of its events."
+    for name,o in vars(cls).items():
+        o = o.fget if isinstance(o, property) else getattr(o, '__func__', o)
+        public = name == '__init__' or not name.startswith(('_', 'before_', 'after_'))
+        if public and inspect.isfunction(o) and o.__module__.startswith('gradreg') and o.__name__ != '<lambda>': yield o
+
+def untyped(f):
+    "What a function does not say the type of, apart from what it passes on."
+    signature = inspect.signature(f)
+    own = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    method = '.' in f.__qualname__.replace('<locals>.', '')
+    yield from (p.name for p in own[method:] if p.annotation is p.empty)
+    if signature.return_annotation is signature.empty and f.__name__ != '__init__': yield 'return'
+
+@pytest.mark.parametrize('module', [o for o in modules if o != 'study'])
+def test_what_is_offered_has_types(module):
+    names = [getattr(importlib.import_module(f'gradreg.{module}'), o) for o in exported(module)]
+    functions = [o for o in names if inspect.isfunction(o)]
+    functions += [f for o in names if inspect.isclass(o) for f in offered(o)]
+    assert not {f.__qualname__: found for f in functions if (found := list(untyped(f)))}
+
+# ---------------------------------------------------------------- private names
+
 def private(tree):
     "Private names that are taken from another room."
     rooms = set()
@@ -77,8 +103,11 @@ rooms = [*(root/'gradreg').glob('[!_]*.py'), *(root/'docs').glob('*.py')]  # tes
 @pytest.mark.parametrize('path', rooms, ids=lambda p: p.name)
 def test_no_private_name_crosses_a_room(path): assert not privates(path.read_text(encoding='utf-8'))
 
+def annotated(x:int, *args, **kwargs)->int: return x
+
 @pytest.mark.parametrize('check,text,bad', [
     (too_wide, 'x'*121, True), (too_wide, '#| fig-alt: ' + 'x'*121, False), (privates, 'from .rows import _read', True),
     (privates, 'from . import rows\nrows._read', True), (privates, 'from .rows import load_rows', False),
-    (assigned, 'def vjp(): 1', True), (assigned, 'vjp(1)', False)])
+    (assigned, 'def vjp(): 1', True), (assigned, 'vjp(1)', False),
+    (untyped, lambda x: x, True), (untyped, annotated, False)])
 def test_a_fault_is_seen(check, text, bad): assert bool(list(check(text))) == bad
