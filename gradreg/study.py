@@ -6,10 +6,11 @@
 __all__ = ['cost', 'on_processes', 'on_ray', 'run_all', 'choose', 'tune', 'readable']
 
 # %% ../nbs/20_study.ipynb #d1574276
-import hashlib, itertools, os, sys, time, warnings
+import hashlib, itertools, os, sys, threading, time, warnings
 from contextlib import closing
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
+from functools import cache
 from numbers import Integral
 import pandas as pd
 import torch
@@ -46,11 +47,21 @@ def _bar(name, todo):
     form = '{desc} {percentage:3.0f}%|{bar:30}| {elapsed} elapsed, {remaining} left{postfix}'
     return tqdm(total=sum(map(cost, todo)), desc=f'{name}: {len(todo)} runs', bar_format=form, smoothing=.1)
 
+# %% ../nbs/20_study.ipynb #5e0c94d1
 def _failed(r, e): return dict(asdict(r), status=f'{type(e).__name__}: {" ".join(str(e).split())[:300]}')
+
+def _leave_with(owner):
+    while os.getppid() == owner: time.sleep(.5)
+    os._exit(1)
+
+@cache
+def _watch(owner):
+    "This worker ends with the process that wants its rows: killed, that one cannot tell it to."
+    threading.Thread(target=_leave_with, args=(owner,), daemon=True).start()
 
 def _job(r, device, work, owner=None, path=()):
     "(Run, row) of one run, whatever happens to it; `path` is where the caller's own modules lie."
-    if owner not in (None, os.getpid(), os.getppid()): os._exit(1)  # the process that wanted this was killed
+    if owner not in (None, os.getpid()): _watch(owner)
     sys.path += [o for o in path if o not in sys.path]
     try: return r,work(r, device)
     except Exception as e: return r,_failed(r, e)

@@ -100,7 +100,7 @@ def forked(f, *args):
     return p
 
 
-def wait_for(what, seconds=60):
+def wait_for(what, seconds=300):
     end = time.monotonic() + seconds
     while not (got := what()):
         assert time.monotonic() < end, 'it did not happen'
@@ -108,7 +108,7 @@ def wait_for(what, seconds=60):
     return got
 
 
-def ends(p, code=0, seconds=60):
+def ends(p, code=0, seconds=300):
     try: wait_for(lambda: p.exitcode is not None, seconds)  # join would wait for the workers too, which hold its pipe
     finally:
         with suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
@@ -223,20 +223,26 @@ def test_killed_worker(path):
     pd.testing.assert_frame_equal(after[:len(before)], before)
 
 
-def test_workers_do_not_outlive_the_sweep(path):
-    "kill -9 of the one process: its workers finish what they are at, and go"
+@pytest.mark.parametrize('when', ['at work', 'idle'])
+def test_workers_do_not_outlive_the_sweep(path, when):
+    "kill -9 of the one process: its workers go too, also those that wait for work"
     def noted(r, device=None):
         (path.parent/f'started-{r.seed}').touch()
-        return slow(r, device)
-    def sweep(): run_all(grid(SIN, seed=range(20)), path, jobs=2, run=noted)
-    p = forked(sweep)
+        row = slow(r, device)
+        (path.parent/f'ended-{r.seed}').touch()
+        return row
+    def count(what): return len([*path.parent.glob(f'{what}-*')])
+    p = forked(lambda: run_all(grid(SIN, seed=range(20)), path, jobs=2, run=noted))
     wait_for(lambda: len(load_rows(path)))
     kids = workers(p)
+    if when == 'idle':
+        os.kill(p.pid, signal.SIGSTOP)  # it gives out no more
+        wait_for(lambda: count('started') == count('ended'))
     os.kill(p.pid, signal.SIGKILL)
     wait_for(lambda: p.exitcode is not None)
-    started = len([*path.parent.glob('started-*')])
+    started = count('started')
     assert len(kids) == 2 and wait_for(lambda: gone(kids))
-    assert len([*path.parent.glob('started-*')]) <= started + 2 < 20
+    assert count('started') <= started + 2 < 20
 
 
 def test_runs_that_kill_their_worker(path):
