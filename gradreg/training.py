@@ -329,8 +329,9 @@ def _peak_mb(device):
 # %% ../nbs/13_training.ipynb #a5032348
 @one_thread()
 def run(
-    r:Run,                            # what to train
-    device:str|torch.device|None=None # as in `learner`
+    r:Run,                             # what to train
+    device:str|torch.device|None=None, # as in `learner`
+    train:Callable=train               # a function (Run, device)->trained Learner, of your own where you change one
 )->dict: # the row: the Run's fields, status, scores, slopes, seconds, memory, versions, machine
     "`train` `r` and measure the result (paper, section 4)."
     start = time.perf_counter()
