@@ -111,29 +111,6 @@ class GradReg(Recorded):
         self._own,self.on,self._seen = {},False,[]
     def __setattr__(self, name, value): super().__setattr__(name, _CHECKS.get(name, lambda o: o)(value))
 
-# %% ../nbs/10_callbacks.ipynb #c0de0005
-@patch
-def penalty(self:GradReg)->Tensor: # (N,)
-    "One number per example of the current batch. Each subclass has its own."
-    raise TypeError(f"{type(self).__name__} has no penalty() of its own: return one number per example from it")
-
-@patch
-def before_batch(self:GradReg):
-    self.on = self.lam > 0 and self.train_iter % self.every == 0
-    if self.on: self.prepare()
-
-# %% ../nbs/10_callbacks.ipynb #c0de0027
-@patch
-def after_loss(self:GradReg):
-    if not self.on: return
-    with torch.autocast(self.learn.loss_grad.device.type, enabled=False): pen = self._mean()
-    if self.first: self._compare(pen)
-    self.record(pen)
-    self.learn.loss_grad,self._seen = self.learn.loss_grad + self.every*self.lam*pen,[]
-
-@patch
-def after_cancel_batch(self:GradReg): Within.of(self.model).leave()  # perhaps before the forward pass
-
 # %% ../nbs/10_callbacks.ipynb #c0de0011
 def _said(o):
     "What a batch or an output holds, in words."
@@ -153,6 +130,28 @@ def _mean(self:GradReg):
         raise ValueError(f"penalty() of {kind} returned {_said(pen)}, not one number per example, ({n},)")
     if pen.requires_grad: return pen.mean()
     raise ValueError(f"the penalty of {kind} depends on no weight that is trained: do not detach it")
+
+# %% ../nbs/10_callbacks.ipynb #c0de0005
+@patch
+def penalty(self:GradReg)->Tensor: # (N,)
+    "One number per example of the current batch. Each subclass has its own."
+    raise TypeError(f"{type(self).__name__} has no penalty() of its own: return one number per example from it")
+
+@patch
+def before_batch(self:GradReg):
+    self.on = self.lam > 0 and self.train_iter % self.every == 0
+    if self.on: self.prepare()
+
+@patch
+def after_loss(self:GradReg):
+    if not self.on: return
+    with torch.autocast(self.learn.loss_grad.device.type, enabled=False): pen = self._mean()
+    if self.first: self._compare(pen)
+    self.record(pen)
+    self.learn.loss_grad,self._seen = self.learn.loss_grad + self.every*self.lam*pen,[]
+
+@patch
+def after_cancel_batch(self:GradReg): Within.of(self.model).leave()  # perhaps before the forward pass
 
 # %% ../nbs/10_callbacks.ipynb #c0de0012
 @patch

@@ -122,6 +122,33 @@ def kind(self:CudaGraph)->tuple:
                          "pad the batches to one shape, or leave CudaGraph out")
     return key
 
+# %% ../nbs/16_capture.ipynb #a020739e
+_WITHIN = 'after_pred after_loss before_backward after_backward before_step after_step'.split()
+
+def _acts(cb): # events within the step at which a callback does what nobody has declared to be recordable
+    return [] if getattr(type(cb), 'capturable', False) else [e for e in _WITHIN if hasattr(type(cb), e)]
+
+def _refusal(opt, cbs, batch): # why a step cannot be recorded; None if it can
+    for cb in cbs:
+        if acts := ', '.join(_acts(cb)):
+            return (f"{cb.name} acts within the step ({acts}): leave it or CudaGraph out; if all it does is to compute "
+                    "with tensors on the device, say so by a class attribute `capturable = True`")
+    if not isinstance(opt, OptimWrapper):
+        return (f"{type(opt).__name__} keeps its state in Python: pass "
+                "opt_func=partial(OptimWrapper, opt=torch.optim.Adam, capturable=True)")
+    if any(g.get('capturable') is False and not g.get('fused') for g in opt.param_groups):
+        return "the optimizer counts its steps on the CPU: make it with capturable=True, or with fused=True"
+    if not all(isinstance(o, Tensor) for o in batch): return "inputs and targets must be tensors"
+
+# %% ../nbs/16_capture.ipynb #688a7b1b
+@patch
+def check(self:CudaGraph)->object: # a recorder
+    "Refuse a Learner whose step cannot be recorded."
+    if no := _refusal(self.opt, self.learn.cbs, (*self.xb, *self.yb)): raise ValueError(no)
+    if not self.given and self.x.device.type != 'cuda':
+        raise ValueError(f"CudaGraph on {self.x.device}: only CUDA has graphs, leave it out")
+    return self.given or CudaRecorder(self.x.device)
+
 # %% ../nbs/16_capture.ipynb #63622da8
 @patch
 def recorded(self:CudaGraph)->SimpleNamespace:
@@ -153,30 +180,3 @@ def replay(self:CudaGraph, graph:SimpleNamespace)->None:
     graph.replay()
     self.learn.pred,self.learn.loss = None,graph.loss.clone()
     for cb, value in graph.values: cb.record(value.clone())
-
-# %% ../nbs/16_capture.ipynb #a020739e
-_WITHIN = 'after_pred after_loss before_backward after_backward before_step after_step'.split()
-
-def _acts(cb): # events within the step at which a callback does what nobody has declared to be recordable
-    return [] if getattr(type(cb), 'capturable', False) else [e for e in _WITHIN if hasattr(type(cb), e)]
-
-def _refusal(opt, cbs, batch): # why a step cannot be recorded; None if it can
-    for cb in cbs:
-        if acts := ', '.join(_acts(cb)):
-            return (f"{cb.name} acts within the step ({acts}): leave it or CudaGraph out; if all it does is to compute "
-                    "with tensors on the device, say so by a class attribute `capturable = True`")
-    if not isinstance(opt, OptimWrapper):
-        return (f"{type(opt).__name__} keeps its state in Python: pass "
-                "opt_func=partial(OptimWrapper, opt=torch.optim.Adam, capturable=True)")
-    if any(g.get('capturable') is False and not g.get('fused') for g in opt.param_groups):
-        return "the optimizer counts its steps on the CPU: make it with capturable=True, or with fused=True"
-    if not all(isinstance(o, Tensor) for o in batch): return "inputs and targets must be tensors"
-
-# %% ../nbs/16_capture.ipynb #688a7b1b
-@patch
-def check(self:CudaGraph)->object: # a recorder
-    "Refuse a Learner whose step cannot be recorded."
-    if no := _refusal(self.opt, self.learn.cbs, (*self.xb, *self.yb)): raise ValueError(no)
-    if not self.given and self.x.device.type != 'cuda':
-        raise ValueError(f"CudaGraph on {self.x.device}: only CUDA has graphs, leave it out")
-    return self.given or CudaRecorder(self.x.device)

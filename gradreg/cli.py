@@ -47,12 +47,13 @@ def show_claims(
     for study,part in found.groupby('study', sort=False):
         print('', harmless(study), harmless(repr(Verdicts(part))), sep='\n')
 
-# %% ../nbs/23_cli.ipynb #c35d40ae
+# %% ../nbs/23_cli.ipynb #f6098d4b
 def _part(name, x, y, n_classes):
     from numpy import bincount
     n,size = bincount(y, minlength=n_classes),'x'.join(map(str, x.shape[1:]))
     print(f'{name:16} {len(x):,} images of {size}, {x.nbytes/2**20:.1f} MB, {n.min():,} to {n.max():,} per class')
 
+# %% ../nbs/23_cli.ipynb #c35d40ae
 def data(
     name:str # mnist, cifar10, cifar100, tiny_imagenet, digits, or NAME for your NAME.npz in the folder GRADREG_DATA
 )->None:
@@ -102,9 +103,7 @@ def _environment(given, **folders):
     said = ','.join(['ignore', *(f'default:::gradreg.{o}' for o in _warns)])
     return {**os.environ, 'PYTHONWARNINGS': said, **{f'GRADREG_{k.upper()}': str(v) for k,v in given.items()}}
 
-# %% ../nbs/23_cli.ipynb #118ffb74
-def _stamps(folder): return {p: p.stat().st_mtime_ns for p in sorted(folder.glob('*.csv'))}
-
+# %% ../nbs/23_cli.ipynb #2adfedbb
 def _out(folder, path):
     "The path of the notebook to be written, its folder made, or an error before anything is trained."
     out = (expanded(folder).resolve() if folder else path.parent/'out'/study_name(path))/path.name
@@ -115,6 +114,9 @@ def _out(folder, path):
                          'move it away, or name another folder by --out')
     out.parent.mkdir(parents=True, exist_ok=True)
     return out
+
+# %% ../nbs/23_cli.ipynb #118ffb74
+def _stamps(folder): return {p: p.stat().st_mtime_ns for p in sorted(folder.glob('*.csv'))}
 
 def _run(path, out, env):
     "The paths of all that was written."
@@ -143,14 +145,16 @@ def run_study(
     nb,written = _run(path, _out(out, path), env)
     print('\n\n'.join(texts(read_cells(nb))), '', *written, sep='\n')
 
-# %% ../nbs/23_cli.ipynb #43d53738
+# %% ../nbs/23_cli.ipynb #d7ff619a
 def _numbers(text):
     try: return [float(o) for o in text.split(',')]
     except ValueError: raise argparse.ArgumentTypeError(f'{text!r} is no list of numbers such as .01,.03,.1') from None
 
+# %% ../nbs/23_cli.ipynb #43d53738
 def _tuning(base, method, lams, seeds, results, options):
     "Finished rows, or an error that says what is missing."
     from gradreg import study # here: slow to import
+    if os.getcwd() not in sys.path: sys.path.append(os.getcwd()) # where one's own modules lie
     if not isinstance(getattr(base, str(method), None), float):
         raise ValueError(f"--method {method}: choose {', '.join(REGULARIZERS)}, strength, wd or p_drop")
     if not lams: raise ValueError('--lams: say which strengths to choose from, such as --lams .01,.03,.1')
@@ -160,6 +164,12 @@ def _tuning(base, method, lams, seeds, results, options):
     if not (rows.status == 'ok').any():
         raise ValueError(f'no run came to its end: the column status of {results} says why')
     return rows
+
+def _scores(rows, method, scale):
+    "Mean and spread of the validation scores of finished runs, for each strength."
+    from gradreg import tables # here: slow to import
+    finished = rows[rows.status == 'ok'].assign(valid=lambda o: scale*o.valid)
+    return tables.summarize(finished, method, 'valid').rename(index='{:g}'.format).round(4)
 
 # %% ../nbs/23_cli.ipynb #43d5373a
 def tune_strength(
@@ -173,18 +183,15 @@ def tune_strength(
     **fields                # of `Run`
 )->None:
     "Choose a strength by the mean metric on validation points; the test set plays no part."
-    from gradreg import study, tables, training # here: slow to import
-    if os.getcwd() not in sys.path: sys.path.append(os.getcwd()) # where one's own modules lie
+    from gradreg import study, training # here: slow to import
     options,results = _options(seeds=seeds, jobs=jobs, backend=backend, device=device),expanded(results)
     base = Run(**fields)
     rows,task = _tuning(base, method, lams, options.pop('seeds'), results, options),training.task_of(base)
     best = getattr(study.choose(base, rows, [method]), method)
-    finished = rows[rows.status == 'ok'].assign(valid=lambda o: task.scale*o.valid)
-    table = tables.summarize(finished, method, 'valid').rename(index='{:g}'.format).round(4)
     edge = ', at the edge of the list: try further ones'*(len(lams) > 1 and best in (min(lams), max(lams)))
     print(f'{base.data}, {base.model}, {base.n_train:,} training points, {base.iters:,} steps: {task.metric}'
           f"{', '*bool(task.unit)}{task.unit.strip()} on {base.n_valid:,} validation points",
-          table, f'best: {method} = {best:g}{edge}\n{results}', sep='\n\n')
+          _scores(rows, method, task.scale), f'best: {method} = {best:g}{edge}\n{results}', sep='\n\n')
 
 # %% ../nbs/23_cli.ipynb #20ff2b74
 COMMANDS = {'list': list_studies, 'show': show, 'claims': show_claims, 'run': run_study, 'data': data,

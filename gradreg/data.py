@@ -108,8 +108,7 @@ class ArrayDS:
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return tuple(t[i] for t in self.tensors)
     def to(self, device:str|torch.device)->'ArrayDS': return self.new(*(t.to(device) for t in self.tensors))
-    def new_empty(self)->'ArrayDS':
-        return self.new(*(t[:0].clone() for t in self.tensors)) # a view would keep all the data
+    def new_empty(self)->'ArrayDS': return self.new(*(t[:0].clone() for t in self.tensors)) # a view keeps all the data
 
 # %% ../nbs/06_data.ipynb #90559a51
 @patch(as_prop=True)

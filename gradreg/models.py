@@ -28,11 +28,6 @@ class _Input(nn.Module):
         takes = f"{self.name} takes inputs of shape {self.extra_repr()}"
         raise ValueError(f"{takes}, not {tuple(x.shape)}: {way_out}")
 
-# %% ../nbs/04_models.ipynb #9aab7a85
-def _at_least_one(**sizes):
-    for k, v in sizes.items():
-        if v < 1: raise ValueError(f"{k} must be at least 1, not {v}")
-
 # %% ../nbs/04_models.ipynb #d953533e
 class _Flat(_Input):
     "The door of a dense net: it flattens first."
@@ -53,6 +48,11 @@ def sin_mlp(
 )->nn.Sequential: # (N,1) -> (N,n_out)
     "Five dense layers of 64 neurons and ReLU, then a linear one: for SIN (paper, section 4)."
     return mlp((1, 64, 64, 64, 64, 64, n_out))
+
+# %% ../nbs/04_models.ipynb #9aab7a85
+def _at_least_one(**sizes):
+    for k, v in sizes.items():
+        if v < 1: raise ValueError(f"{k} must be at least 1, not {v}")
 
 # %% ../nbs/04_models.ipynb #76962fbb
 def lenet5(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['study_name', 'studies', 'find_study', 'expanded', 'read_cells', 'question', 'harmless', 'texts', 'StudyFailed',
-           'read_study', 'execute', 'html_page', 'may_write', 'save_study', 'save_page']
+           'read_study', 'execute', 'html_page', 'save_page', 'may_write', 'save_study']
 
 # %% ../nbs/22_notebooks.ipynb #9503ecf3
 import asyncio, base64, hashlib, json, re, signal, sys, textwrap
@@ -192,6 +192,21 @@ def html_page(
             '<meta name="viewport" content="width=device-width">'
             f'<title>{escape(title)}</title><style>{_style}</style></head><body>{body}</body></html>')
 
+# %% ../nbs/22_notebooks.ipynb #e31bcfa8
+def save_page(
+    nb:dict,     # executed notebook, as nbformat has it
+    folder:Path, # where to write
+    name:str     # of the study
+)->list: # of paths
+    "Write the figures of an executed notebook and its page."
+    from gradreg.arrays import whole_file # here: slow to import
+    pngs = [o['image/png'] for c in read_cells(nb) for o in c['outputs'] if 'image/png' in o]
+    files = {folder/f'{name}-{i}.png': base64.b64decode(o) for i,o in enumerate(pngs, 1)}
+    files[folder/f'{name}.html'] = html_page(nb, name).encode()
+    for file,content in files.items():
+        with whole_file(file) as f: f.write(content)
+    return list(files)
+
 # %% ../nbs/22_notebooks.ipynb #b7dbcfac
 def _seal(cells):
     "A digest of the sources, which Jupyter leaves as they are when it stores a notebook anew."
@@ -214,17 +229,3 @@ def save_study(
     from gradreg.arrays import whole_file # here: slow to import
     nb.metadata['gradreg'] = _seal(read_cells(nb))
     with whole_file(path, 'w', encoding='utf-8') as f: json.dump(nb, f, indent=1)
-
-def save_page(
-    nb:dict,     # executed notebook, as nbformat has it
-    folder:Path, # where to write
-    name:str     # of the study
-)->list: # of paths
-    "Write the figures of an executed notebook and its page."
-    from gradreg.arrays import whole_file # here: slow to import
-    pngs = [o['image/png'] for c in read_cells(nb) for o in c['outputs'] if 'image/png' in o]
-    files = {folder/f'{name}-{i}.png': base64.b64decode(o) for i,o in enumerate(pngs, 1)}
-    files[folder/f'{name}.html'] = html_page(nb, name).encode()
-    for file,content in files.items():
-        with whole_file(file) as f: f.write(content)
-    return list(files)

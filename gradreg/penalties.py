@@ -235,7 +235,7 @@ def _rows(x, n):
     "`x` in n rows."
     return x if x.shape[:1] == (n,) else F.pad(x.flatten(), (0, -x.numel() % n)).view(n, -1)
 
-# %% ../nbs/01_penalties.ipynb #d01e0033
+# %% ../nbs/01_penalties.ipynb #e0ce78b4
 def _keep(found, at, n, module, args, out):
     if not (isinstance(out, Tensor) and out.is_floating_point()):
         what = out.dtype if isinstance(out, Tensor) else f"a {type(out).__name__}"
@@ -246,6 +246,7 @@ def _keep(found, at, n, module, args, out):
         found.append(x)
         return (x if x.shape == out.shape else x.flatten()[:out.numel()].view(out.shape)).to(out.dtype, copy=True)
 
+# %% ../nbs/01_penalties.ipynb #d01e0033
 @contextmanager
 def outputs_of(
     model:nn.Module, # a network

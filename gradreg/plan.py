@@ -261,6 +261,14 @@ def _said(r):
     base = vars(BASES.get(r.data, Run()))
     return ', '.join([r.data, *(f'{k}={v}' for k,v in vars(r).items() if v != base[k] or k == 'seed')])
 
+# %% ../nbs/25_plan.ipynb #2327fb9f
+def _left(steps, minutes):
+    "What is missing, how much of it fits, and what is not here, a line each."
+    left = [r for _,r in todo(steps)]
+    yield f'{len(left)} runs are missing, of which about {len(fitting(left, minutes, {}))} fit into {minutes:g} minutes'
+    away = sorted({r.data for r in left if not find_arrays(r.data)})
+    if away: yield f"not on this machine: {', '.join(away)}"
+
 # %% ../nbs/25_plan.ipynb #b07c0973
 def _main(
     argv=None # arguments, those of the process if None
@@ -274,11 +282,7 @@ def _main(
     if not args.minutes >= 0: parser.error(f'--minutes {args.minutes}: must be a number, at least 0')
     steps = [s for s in plan() if args.study in (None, s.study)]
     if not steps: parser.error(f"--study {args.study}: choose {', '.join(dict.fromkeys(s.study for s in plan()))}")
-    left = [r for _,r in todo(steps)]
-    n = len(fitting(left, args.minutes, {}))
-    print(f'{len(left)} runs are missing, of which about {n} fit into {args.minutes:g} minutes', flush=True)
-    away = sorted({r.data for r in left if not find_arrays(r.data)})
-    if away: print(f"not on this machine: {', '.join(away)}")
+    print(*_left(steps, args.minutes), sep='\n', flush=True)
     if args.minutes: work(args.minutes, steps, args.device)
     print(missing().round(0).to_string())
     return 0
