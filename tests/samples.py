@@ -1,8 +1,17 @@
-"What several tests share: small arrays, and the mark of a test that wants real data."
+"What several tests share: small arrays, Runs and tables, a picture, and the mark of a test that wants real data."
 import numpy as np
 import pandas as pd
 import pytest
 from gradreg.arrays import find_arrays
+from gradreg.runs import Run
+
+DIGITS = Run(data='digits', n_train=50, n_valid=50, bs=25, iters=4)
+SIN = Run(data='sin', model='mlp', n_train=50, n_valid=50, bs=25, iters=4)  # trains in milliseconds
+METRICS = ['test', 'valid', 'train', 'jac_train', 'jac_test', 'jac_between', 'jac_noise', 'weight_norm']
+PNG = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
+
+
+def metrics(row): return {k: row[k] for k in METRICS}
 
 
 def real(name):

@@ -23,7 +23,6 @@ from fastai.tabular.model import TabularModel
 from fastai.text.models.awdlstm import EmbeddingDropout
 from fastai.text.models.core import PoolingLinearClassifier, SentenceEncoder, SequentialRNN
 from fastai.torch_core import TensorImage, params
-from fastcore.foundation import L
 from torch import nn
 from torch.func import functional_call, grad_and_value, jacrev, vmap
 from torch.nn import functional as F
@@ -35,8 +34,9 @@ from gradreg.data import ArrayDL, ArrayDS
 from gradreg.jacobians import NoSecondDerivative
 from gradreg.penalties import (class_axis, frob_reg, gaussian, global_generator, one_direction, rademacher, spect_reg,
                                sphere)
+from nets import F64, CPUMixedPrecision, rowwise
 
-F64, DEV = torch.float64, 'cuda' if torch.cuda.is_available() else 'cpu'
+DEV = 'cuda' if torch.cuda.is_available() else 'cpu'
 rng = torch.Generator().manual_seed(0)
 X, Y = torch.randn(24, 1, 6, 6, dtype=F64, generator=rng), torch.arange(24) % 3
 VALID = torch.randn(8, 1, 6, 6, dtype=F64, generator=rng), torch.arange(8) % 3
@@ -45,6 +45,7 @@ def seq(*layers): return nn.Sequential(*layers).double()
 def conv():
     head = nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)
     return seq(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), *head)
+def inplace(): return nn.Sequential(*((net := conv())[:1]), nn.ReLU(inplace=True), *net[2:])
 def dropout(): return seq(nn.Flatten(), nn.Linear(36, 16), nn.ReLU(), nn.Dropout(.5), nn.Linear(16, 3))
 def bnorm(): return seq(nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
 
@@ -81,8 +82,6 @@ class Spy(Callback):
     def after_loss(self): vars(self.batches[-1]).update(y=self.y, loss=self.learn.loss.detach().clone())
     def before_step(self):
         self.grads.append({k: p.grad.clone() for k, p in self.model.named_parameters() if p.grad is not None})
-
-def rowwise(z): return z.detach().cos() + .1  # a probe without chance, the same for an example whatever batch it is in
 
 # each callback at a strength, and its penalty of one example: g is the net, o an input, t target probabilities
 def loss_of(z, t): return -(t*z.log_softmax(0)).sum()
@@ -205,15 +204,6 @@ def test_bad_every(name, every):
 
 
 # 1: mixed precision
-
-class CPUMixedPrecision(MixedPrecision):
-    "fastai's names CUDA; the CPU has all of it too"
-    def __init__(self, dtype=torch.float16):
-        super().__init__()
-        self.dtype = dtype
-    def before_fit(self):
-        self.autocast, self.scales = torch.autocast('cpu', dtype=self.dtype), L()
-        self.learn.scaler = torch.amp.GradScaler('cpu', enabled=self.dtype == torch.float16)
 
 def floats(**kw):
     dls = loaders(X.float(), valid=(VALID[0].float(), VALID[1]), device='cpu', **kw)
@@ -827,10 +817,6 @@ def test_a_model_with_several_outputs():
 
 def test_layers_in_place():
     "ReLU in place after the first layer, as torchvision's networks have it"
-    def inplace():
-        net = conv()
-        net[1] = nn.ReLU(inplace=True)
-        return net
     for f, _ in CASES.values(): assert_close(weights(fit(f(), net=inplace)), weights(fit(f())), rtol=1e-9, atol=1e-12)
 
 def test_channels_last():
@@ -1253,10 +1239,6 @@ def test_at_says_the_same_in_three_ways():
 
 def test_at_a_layer_whose_output_is_overwritten():
     "ReLU in place behind it: the penalty is still in what the layer gave"
-    def inplace():
-        net = conv()
-        net[1] = nn.ReLU(inplace=True)
-        return net
     for f, _ in CASES.values():
         if f is CASES['ConfidencePenalty'][0]: continue
         assert_close(weights(fit(f(at='0'), net=inplace)), weights(fit(f(at='0'))), rtol=1e-9, atol=1e-12)

@@ -23,8 +23,8 @@ from gradreg.callbacks import DoubleBack, FrobReg, JacReg, SpectReg
 from gradreg.double_backward import fast_double_backward
 from gradreg.models import cifar_resnet, lenet5, mlp, resnet18
 from gradreg.penalties import double_back, frob_reg, spect_reg
+from nets import F64
 
-F64 = torch.float64
 on_each_device = pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.cuda)])
 
 def everything(): return fast_double_backward(min_work=0)

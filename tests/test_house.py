@@ -1,18 +1,11 @@
 "How the house is written: lines fit, cells are short, names have one home and private ones stay there."
-import ast, importlib, inspect, json, re
+import ast, importlib, inspect, re
 from collections import Counter
-from pathlib import Path
 import pytest
+from book import cells, chapters, code, has_flag, modules, notebooks, read, root, source
 
-root = Path(__file__).resolve().parents[1]
-chapters = sorted((root/'nbs').glob('[0-9][0-9]_*.ipynb'))
-notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if not {'.ipynb_checkpoints', 'out'} & set(p.parts))
-modules = sorted(p.stem for p in (root/'gradreg').glob('[!_]*.py'))
 each_chapter = pytest.mark.parametrize('path', chapters, ids=lambda p: p.stem)
 
-def source(cell): return ''.join(cell['source'])
-def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
-def has_flag(cell, *flags): return bool(re.search(rf'^#\s*\|\s*({"|".join(flags)})\b', source(cell), re.M))
 def parsed(text): return ast.parse(re.sub(r'^[%!].*$', 'pass', text, flags=re.M))
 
 # ---------------------------------------------------------------- width
@@ -22,23 +15,48 @@ def too_wide(text): return [o[:60] for o in text.splitlines() if len(o) > 120 an
 written = [*(root/'tests').glob('*.py'), *(root/'docs').glob('*.py'), root/'setup.py']
 
 @pytest.mark.parametrize('path', written, ids=lambda p: p.name)
-def test_lines_of_code_fit(path): assert not too_wide(path.read_text(encoding='utf-8'))
+def test_lines_of_code_fit(path): assert not too_wide(read(path))
 
 @pytest.mark.parametrize('path', notebooks, ids=lambda p: p.stem)
 def test_lines_of_cells_fit(path): assert not [o for c in code(path) for o in too_wide(source(c))]
 
 # ---------------------------------------------------------------- cells
 
-def code(path): return [c for c in cells(path) if c['cell_type'] == 'code']
-def is_import(cell): return all(isinstance(o, (ast.Import, ast.ImportFrom, ast.Try)) for o in parsed(source(cell)).body)
 def is_fields(cell): return source(cell).startswith('#| export\n@dataclass')  # a table, a line each
-def exports(path): return [c for c in code(path) if has_flag(c, 'export', 'exporti')]
+def exports(path): return [c for c in code(path) if has_flag(c, 'export', 'exporti') and not is_import(c)]
 def length(cell): return len(source(cell).strip().splitlines()) - 1
+
+def is_import(cell):
+    first,*others = parsed(source(cell)).body
+    defines = ast.FunctionDef, ast.ClassDef, ast.Assign
+    return isinstance(first, (ast.Import, ast.ImportFrom, ast.Try)) and not any(isinstance(o, defines) for o in others)
 
 @each_chapter
 def test_export_cells_are_short(path):
-    cells = [c for c in exports(path) if not is_import(c) and not is_fields(c)]
-    assert not [(length(c), source(c).splitlines()[1][:60]) for c in cells if length(c) > 23], 'aim at 20 lines'
+    cells = [c for c in exports(path) if not is_fields(c)]
+    assert not [(length(c), source(c).splitlines()[1][:60]) for c in cells if length(c) > 20]
+
+def checks(node, helpers=()):
+    "Whether a cell or a function asserts something, or calls a helper that does."
+    names = {getattr(o.func, 'id', getattr(o.func, 'attr', '')) for o in ast.walk(node) if isinstance(o, ast.Call)}
+    said = any(re.match('assert|test_|raises|warns|(grad)?gradcheck', o) or o in helpers for o in names)
+    return said or any(isinstance(o, ast.Assert) for o in ast.walk(node))
+
+def unproved(cells):
+    "Export cells that no check and no picture follows within two cells of code."
+    shown = [c for c in cells if c['cell_type'] == 'code' and not is_fields(c) and 'show_doc(' not in source(c)]
+    helpers,proofs = set(),[]
+    for c in shown:
+        tree = parsed(source(c))
+        helpers |= {o.name for o in tree.body if isinstance(o, ast.FunctionDef) and checks(o, helpers)}
+        pictures = any('image/png' in o.get('data', {}) for o in c['outputs'])
+        proofs.append(not has_flag(c, 'export', 'exporti', 'hide') and (pictures or checks(tree, helpers)))
+    for i,c in enumerate(shown):
+        if has_flag(c, 'export', 'exporti') and not is_import(c) and not any(proofs[i+1:i+3]):
+            yield source(c).splitlines()[1:3]
+
+@each_chapter
+def test_proofs_stand_beside(path): assert not list(unproved(cells(path)))
 
 # ---------------------------------------------------------------- names
 
@@ -101,7 +119,7 @@ def privates(text): return list(private(ast.parse(text)))
 rooms = [*(root/'gradreg').glob('[!_]*.py'), *(root/'docs').glob('*.py')]  # tests may look into a room
 
 @pytest.mark.parametrize('path', rooms, ids=lambda p: p.name)
-def test_no_private_name_crosses_a_room(path): assert not privates(path.read_text(encoding='utf-8'))
+def test_no_private_name_crosses_a_room(path): assert not privates(read(path))
 
 def annotated(x:int, *args, **kwargs)->int: return x
 

@@ -11,8 +11,8 @@ from gradreg.jacobians import lanczos
 from gradreg.measures import (accuracy, between, jac_norms, loss_grad_norms, noise_like, sampled_jac_norms,
                               spectral_norms)
 from gradreg.models import cifar_resnet, lenet5, mlp
+from nets import F64, Once
 
-f64 = torch.float64
 def linear(c, d=12): return nn.Linear(d, c)
 def tanh_net(c): return nn.Sequential(nn.Flatten(), nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, c))
 def inplace_net(c): return nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12, c))
@@ -26,7 +26,7 @@ NETS = {'tanh': (tanh_net, (3, 2, 2)), 'linear': (linear, (12,)), 'flat mlp': (s
         'in place': (inplace_net, (3, 2, 2)), 'lenet5': (lambda c: lenet5(c, p_drop=.5, bn=True), (1, 28, 28)),
         'resnet': (lambda c: cifar_resnet(c, 3, 1), (3, 6, 6))}
 
-def make(name, c, n=5, dtype=f64):
+def make(name, c, n=5, dtype=F64):
     torch.manual_seed(0)
     net, d = NETS[name]
     net = net(c).to(dtype)
@@ -54,7 +54,7 @@ def test_norms_against_jacrev(name, c):
     net, x = make(name, c)
     s = torch.linalg.svdvals(oracle(net, x))
     frob, spec = jac_norms(net, x, bs=2), spectral_norms(net, x, bs=2)
-    assert frob.shape == spec.shape == (5,) and frob.dtype == spec.dtype == f64
+    assert frob.shape == spec.shape == (5,) and frob.dtype == spec.dtype == F64
     assert_close(frob, s.square().sum(1).sqrt())
     assert_close(spec, s[:, 0], rtol=1e-9 if c <= 32 else 1e-5, atol=1e-12)
     assert (spec <= frob*(1+1e-9)).all() and (frob <= min(c, x[0].numel())**.5*spec*(1+1e-5)).all()
@@ -69,7 +69,7 @@ def test_float32(name):
         assert_close(spectral_norms(net, x).double(), s[:, 0], rtol=1e-4, atol=1e-6)
 
 @pytest.mark.parametrize('c', [1, 2, 32, 33, 64, 200])
-@pytest.mark.parametrize('dtype,rtol', [(f64, 1e-5), (torch.float32, 3e-5)])
+@pytest.mark.parametrize('dtype,rtol', [(F64, 1e-5), (torch.float32, 3e-5)])
 def test_spectral_norm_of_random_matrices(c, dtype, rtol):
     for d in 1, 7, 300:
         torch.manual_seed(c+d)
@@ -79,8 +79,8 @@ def test_spectral_norm_of_random_matrices(c, dtype, rtol):
 
 def spectrum(s, n, dtype):
     torch.manual_seed(0)
-    s = torch.as_tensor(s, dtype=f64)
-    Q = lambda: torch.linalg.qr(torch.randn(n, len(s), len(s), dtype=f64))[0]
+    s = torch.as_tensor(s, dtype=F64)
+    Q = lambda: torch.linalg.qr(torch.randn(n, len(s), len(s), dtype=F64))[0]
     return (Q()*s @ Q().mT).to(dtype)
 
 SPECTRA = {'all equal': [1.]*50, 'two equal': [3., 3.] + [1.]*48, 'ten equal': [2.]*10 + [1.999]*40,
@@ -89,7 +89,7 @@ SPECTRA = {'all equal': [1.]*50, 'two equal': [3., 3.] + [1.]*48, 'ten equal': [
            'geometric': [.7**i for i in range(50)], 'slow': [.98**i for i in range(50)],
            'single': [4.], 'pair': [4., 4.]}
 CLOSE = 'ten equal', 'clustered top', 'rank two'  # the next value lies within tol
-@pytest.mark.parametrize('dtype', [f64, torch.float32])
+@pytest.mark.parametrize('dtype', [F64, torch.float32])
 @pytest.mark.parametrize('scale', [1., 1e-8, 1e6])
 @pytest.mark.parametrize('name', SPECTRA)
 def test_lanczos_on_hard_spectra(name, scale, dtype):
@@ -98,7 +98,7 @@ def test_lanczos_on_hard_spectra(name, scale, dtype):
     u = torch.randn(B.shape[1], dtype=dtype).expand(8, -1)
     value, direction, rough = lanczos(lambda u: torch.einsum('nij,nj->ni', B, u), u)
     ours = value.sqrt()
-    truth = torch.full((8,), scale*SPECTRA[name][0], dtype=f64)
+    truth = torch.full((8,), scale*SPECTRA[name][0], dtype=F64)
     assert not rough.any() and ours.isfinite().all()
     assert_close(ours.double(), truth, rtol=5e-4, atol=0)                                # what tol promises: half of it
     if name not in CLOSE: assert_close(ours.double(), truth, rtol=2e-5, atol=0)
@@ -107,18 +107,18 @@ def test_lanczos_on_hard_spectra(name, scale, dtype):
 @pytest.mark.parametrize('c', [50, 120])
 def test_lanczos_is_exact_after_c_products(c):
     torch.manual_seed(0)
-    A = torch.randn(6, c, 2*c, dtype=f64)
-    start = torch.randn(c, dtype=f64).expand(6, c)
+    A = torch.randn(6, c, 2*c, dtype=F64)
+    start = torch.randn(c, dtype=F64).expand(6, c)
     value, direction, rough = lanczos(lambda u: torch.einsum('nij,nkj,nk->ni', A, A, u), start, 0., 10*c)
     assert not rough.any()
     U, s, _ = torch.linalg.svd(A)
     assert_close(value.sqrt(), s[:, 0], rtol=1e-12, atol=0)
-    assert_close((direction*U[:, :, 0]).sum(1).abs(), torch.ones(6, dtype=f64), rtol=1e-9, atol=0)  # either sign
+    assert_close((direction*U[:, :, 0]).sum(1).abs(), torch.ones(6, dtype=F64), rtol=1e-9, atol=0)  # either sign
 
 def test_lanczos_grows_towards_the_truth():
     torch.manual_seed(0)
-    A = torch.randn(4, 60, 70, dtype=f64)
-    def after(k): return lanczos(lambda u: torch.einsum('nij,nkj,nk->ni', A, A, u), torch.ones(4, 60, dtype=f64), 0., k)
+    A = torch.randn(4, 60, 70, dtype=F64)
+    def after(k): return lanczos(lambda u: torch.einsum('nij,nkj,nk->ni', A, A, u), torch.ones(4, 60, dtype=F64), 0., k)
     est = torch.stack([after(k)[0].sqrt() for k in range(1, 20)])
     assert (est.diff(dim=0) >= -1e-12).all() and (est <= torch.linalg.svdvals(A)[:, 0]*(1+1e-12)).all()
 
@@ -134,7 +134,7 @@ def test_warns_only_if_not_converged():
 def test_zero_and_diverged(c):
     net, x = make('tanh', c)
     nn.init.zeros_(net[-1].weight)
-    for measure in jac_norms, spectral_norms: assert_close(measure(net, x), torch.zeros(5, dtype=f64))
+    for measure in jac_norms, spectral_norms: assert_close(measure(net, x), torch.zeros(5, dtype=F64))
     for bad in float('nan'), float('inf'):
         net, x = make('flat mlp', c)
         x[1] = bad
@@ -159,10 +159,10 @@ def test_loss_gradients_one_at_a_time(name):
 
 def test_other_losses():
     net, x = make('tanh', 4)
-    soft = torch.rand(5, 4, dtype=f64).softmax(1)
+    soft = torch.rand(5, 4, dtype=F64).softmax(1)
     J, p = oracle(net, x), net(x).softmax(1).detach()
     assert_close(loss_grad_norms(net, x, soft), torch.einsum('ncd,nc->nd', J, p - soft).norm(dim=1))
-    t = torch.randn(5, 4, dtype=f64)
+    t = torch.randn(5, 4, dtype=F64)
     want = torch.einsum('ncd,nc->nd', J, 2*(net(x)-t).detach()).norm(dim=1)
     assert_close(loss_grad_norms(net, x, t, lambda z, y: (z-y).square().sum(1)), want)
     for loss in F.cross_entropy, lambda z, y: F.mse_loss(z, z.detach()+1, reduction='none'), lambda z, y: z[:, :1]:
@@ -279,8 +279,8 @@ def test_train_mode_does_not_leak_in(measure):
 def test_one_dimensional_inputs():
     class Poly(nn.Module):
         def forward(self, x): return torch.stack([x, x**2, x**3], 1)
-    x = torch.tensor([0., 1., -2.], dtype=f64)
-    J = torch.stack([torch.ones(3, dtype=f64), 2*x, 3*x**2], 1)
+    x = torch.tensor([0., 1., -2.], dtype=F64)
+    J = torch.stack([torch.ones(3, dtype=F64), 2*x, 3*x**2], 1)
     assert_close(jac_norms(Poly(), x), J.norm(dim=1)); assert_close(spectral_norms(Poly(), x), J.norm(dim=1))
 
 @every
@@ -299,7 +299,7 @@ def test_the_networks_own_child_called_model():
     class Wrapped(nn.Module):
         def __init__(self): super().__init__(); self.model = linear(3).double()
         def forward(self, x): return 10*self.model(x)
-    net, x = Wrapped(), torch.randn(2, 12, dtype=f64)
+    net, x = Wrapped(), torch.randn(2, 12, dtype=F64)
     assert_close(jac_norms(net, x), 10*jac_norms(net.model, x))
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -326,7 +326,7 @@ def test_any_function(measure, c):
     with pytest.raises(ValueError, match='returned a dict, .*lambda x: model'): measure(lambda x: {'logits': net(x)}, x)
 
 def test_a_function_of_the_inputs_alone():
-    x = torch.randn(5, 3, dtype=f64)
+    x = torch.randn(5, 3, dtype=F64)
     assert_close(jac_norms(torch.sin, x), x.cos().norm(dim=1))
     assert_close(spectral_norms(torch.sin, x), x.cos().abs().amax(1))
     assert_close(jac_norms(lambda x: x.prod(1), x), (x.prod(1, keepdim=True)/x).norm(dim=1))  # (N,) counts as (N,1)
@@ -374,7 +374,7 @@ def test_half_precision(measure, c, dtype, rtol):
 @pytest.mark.parametrize('c', [3, 40])
 def test_inputs_in_another_precision(measure, c):
     net, x = make('tanh', c)
-    assert measure(net, x.float()).dtype == f64 and measure(net.float(), x).dtype == torch.float32
+    assert measure(net, x.float()).dtype == F64 and measure(net.float(), x).dtype == torch.float32
 
 class Attention(nn.Module):
     def __init__(self, c):
@@ -382,18 +382,11 @@ class Attention(nn.Module):
         self.mix, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, c)
     def forward(self, x): return self.head(self.mix(x, x, x, need_weights=False)[0].mean(1))
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x): ctx.save_for_backward(x); return x.tanh()
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g): return g*(1 - ctx.saved_tensors[0].tanh()**2)
-
 @every
 @pytest.mark.parametrize('c', [3, 40])
 def test_what_has_no_second_derivative(measure, c):
     torch.manual_seed(0)
-    x, net = torch.randn(5, 6, 4, dtype=f64), Attention(c).double()
+    x, net = torch.randn(5, 6, 4, dtype=F64), Attention(c).double()
     got = measure(net, x)
     with sdpa_kernel(SDPBackend.MATH): assert_close(got, measure(net, x), rtol=1e-5, atol=0)
     s = torch.linalg.svdvals(oracle(net, x))
@@ -423,7 +416,7 @@ def test_sampled_norms(name, c):
 
 def test_sampled_norms_of_maps():
     torch.manual_seed(0)
-    net, x = nn.Conv2d(1, 2, 3).double(), torch.randn(2, 1, 5, 5, dtype=f64)
+    net, x = nn.Conv2d(1, 2, 3).double(), torch.randn(2, 1, 5, 5, dtype=F64)
     exact = vmap(jacrev(lambda o: net(o[None])[0]))(x).flatten(1).norm(dim=1)
     norms, se = sampled_jac_norms(net, x, n=200)
     assert ((norms - exact).abs() < 4*se).all() and (se < .06*exact).all()
@@ -436,7 +429,7 @@ def test_examples_that_depend_on_each_other_are_measured_alike_each_time(measure
         def __init__(self): super().__init__(); self.net = nn.Linear(12, 3).double()
         def forward(self, x): return self.net((x - x.mean(0))/x.std(0)).tanh()
     torch.manual_seed(0)
-    net, x = Normed(), torch.randn(6, 12, dtype=f64)
+    net, x = Normed(), torch.randn(6, 12, dtype=F64)
     assert torch.equal(measure(net, x), measure(net, x))
 
 # refusals
@@ -476,7 +469,7 @@ def test_bad_stopping_rule(kw):
 @pytest.mark.parametrize('f', [between, noise_like])
 @pytest.mark.parametrize('shape', [(6,), (6, 1), (6, 5), (6, 3, 4), (6, 3, 4, 2)])
 def test_points_shape_seed_and_no_side_effects(f, shape):
-    for dtype in torch.float32, f64:
+    for dtype in torch.float32, F64:
         x = torch.randn(shape, dtype=dtype, requires_grad=True)
         rng = torch.get_rng_state()
         a, b, c = f(x, 9), f(x, 9, seed=0), f(x, 9, seed=1)
@@ -486,13 +479,13 @@ def test_points_shape_seed_and_no_side_effects(f, shape):
 
 def test_between_is_on_segments():
     torch.manual_seed(0)
-    x = torch.randn(4, 30, dtype=f64)  # in general position: the coordinates are unique
+    x = torch.randn(4, 30, dtype=F64)  # in general position: the coordinates are unique
     p = between(x, 500)
     coef = torch.linalg.lstsq(x.T, p.T).solution.T
     assert_close(coef @ x, p)
     ends = coef.abs() > 1e-9
     assert (ends.sum(1) == 2).all() and (coef > -1e-9).all()          # two different points, and between them
-    assert_close(coef.sum(1), torch.ones(500, dtype=f64))
+    assert_close(coef.sum(1), torch.ones(500, dtype=F64))
     pairs = {tuple(e.nonzero().flatten().tolist()) for e in ends}
     assert len(pairs) == 6                                            # every pair occurs
     t = coef.max(1).values

@@ -14,15 +14,9 @@ from gradreg.jacobians import (NoSecondDerivative, gram_product, jacobian, jacob
                                vjp, xent_jacobian)
 from gradreg.penalties import (confidence_penalty, contrasts, double_back, frob_reg, gaussian, jac_reg, one_direction,
                                rademacher, spect_reg, sphere)
+from nets import F64, NETS, each_net
 
-F64 = torch.float64
 on_each_device = pytest.mark.parametrize('device', ['cpu', *['cuda']*torch.cuda.is_available()])
-
-def mlp(c): return nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, c))
-def conv(c): return nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 5, 2), nn.Tanh(),
-                                  nn.Flatten(), nn.Linear(5, c))
-NETS = {'mlp': (mlp, (12,)), 'conv': (conv, (2, 6, 6))}
-each_net = pytest.mark.parametrize('kind', NETS)
 
 # ours: (logits, x, one-hot labels, probe) -> (N,); witness: what of one example's logits is differentiated
 PENALTIES = {'double_back': (lambda z, x, y, v: double_back(F.cross_entropy(z, y.argmax(1), reduction='none'), x),

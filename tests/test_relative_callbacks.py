@@ -18,6 +18,7 @@ from gradreg.relative_callbacks import (DataGrad, FiniteDifference, Layerwise, S
                                         TangentProp, TwoSided, own_losses)
 from gradreg.runs import Run
 from gradreg.training import run
+from nets import Once, rowwise
 
 rng = torch.Generator().manual_seed(0)
 X, Y = torch.rand(16, 1, 8, 8, generator=rng), torch.arange(16) % 3
@@ -27,8 +28,6 @@ def net(n_out=3, *more):
     return nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), *more, nn.Linear(27, n_out))
 
 ORACLE = net(3, nn.Tanh())
-
-def rowwise(z): return z.detach().cos() + .1  # a probe without chance, the same for an example whatever batch it is in
 
 CASES = {'TangentProp': lambda lam=.1, **kw: TangentProp(lam, probe=rowwise, **kw),
          'DataGrad': lambda lam=1., **kw: DataGrad(lam, eps=.3, **kw),
@@ -166,12 +165,6 @@ def test_finite_difference_is_double_back_without_double_backward():
     a, b = (weights(fit(cb)) for cb in pens)
     assert_close(a, b, rtol=1e-2, atol=1e-3)
 
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x): ctx.save_for_backward(x); return x.tanh()
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, g): return g*(1 - ctx.saved_tensors[0].tanh()**2)
     class Tanh(nn.Module):
         def forward(self, x): return Once.apply(x)
     model = net()

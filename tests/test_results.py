@@ -10,6 +10,7 @@ from gradreg.arrays import find_arrays
 from gradreg.runs import DATA, PROTOCOL, Run, halvings
 from gradreg.training import Trace, arithmetic, learner, one_thread, run
 from gradreg.rows import load_rows
+from samples import METRICS
 
 root = Path(__file__).resolve().parents[1]
 files = {
@@ -19,7 +20,6 @@ files = {
 }
 each_file = pytest.mark.parametrize('df', files.values(), ids=files)
 KEY = [f.name for f in fields(Run)]
-METRICS = ['test', 'valid', 'train', 'jac_train', 'jac_test', 'jac_between', 'jac_noise', 'weight_norm']
 default = asdict(Run())
 
 def run_of(row):

@@ -11,8 +11,8 @@ from hypothesis import given, strategies as st
 from gradreg.runs import (BACKENDS, DATA, NETWORKS, OPTIMIZERS, PRECISIONS, PROBES, REGULARIZERS, TASKS, Run, Settings,
                           Task, grid, settings)
 from gradreg.training import resolve
+from samples import DIGITS
 
-DIGITS = Run(data='digits', n_train=50, n_valid=50, bs=25, iters=4)
 NUMBERS = [f.name for f in fields(Run) if type(f.default) in (int, float)]
 WHOLE = [f.name for f in fields(Run) if type(f.default) is int]
 

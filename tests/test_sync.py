@@ -1,26 +1,18 @@
 "What is generated is what the notebooks say; what is exported is documented and proved; what is stored is clean."
 import ast, copy, difflib, importlib, inspect, json, os, re, shutil, subprocess, sys
 from base64 import b64encode
-from pathlib import Path
 import pytest
+from book import cells, code, has_flag, modules, notebooks, read, root, source
 from fastcore.docments import docments
 
-root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(root/'docs'))
 from make_readme import note, render
 
-modules = sorted(p.stem for p in (root/'gradreg').glob('[!_]*.py'))
-notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if not {'.ipynb_checkpoints', 'out'} & set(p.parts))
 each_notebook = pytest.mark.parametrize('path', notebooks, ids=lambda p: p.stem)
 
-def read(path): return path.read_text(encoding='utf-8')
-def source(cell): return ''.join(cell['source'])
-def cells(path, kind='code'): return [c for c in json.loads(read(path))['cells'] if c['cell_type'] == kind]
-def outputs(path): return [o for c in cells(path) for o in c['outputs']]
+def outputs(path): return [o for c in code(path) for o in c['outputs']]
 def text(output):
     return '\n'.join(''.join(o) for k, o in {**output, **output.get('data', {})}.items() if k.startswith('text'))
-
-def has_flag(cell, *flags): return re.search(rf'^#\s*\|\s*({"|".join(flags)})\b', source(cell), re.M)
 
 # ---------------------------------------------------------------- generated files
 
@@ -189,7 +181,7 @@ def test_every_export_is_documented(module, name, obj):
 def test_every_export_is_shown_in_its_chapter(module, name, obj):
     if not callable(obj): return
     chapter, = (root/'nbs').glob(f'[0-9][0-9]_{module}.ipynb')
-    shown = [source(c) for c in cells(chapter) if not has_flag(c, 'hide', 'export', 'exporti')]
+    shown = [source(c) for c in code(chapter) if not has_flag(c, 'hide', 'export', 'exporti')]
     if inspect.isclass(obj):
         shown += [source(c) for c in cells(chapter, 'markdown')]  # a class may be what a function returns
     assert any(re.search(rf'(?<!\w){name}(?!\w)', o) for o in shown), 'no visible cell outside the export uses it'

@@ -14,14 +14,9 @@ from gradreg import callbacks, penalties, training
 from gradreg.data import ArrayDataLoaders
 from gradreg.runs import Run, Task
 from gradreg.training import HalfSumLoss, loaders, network, rehearse, resolve, run, task_of, top5
+from samples import DIGITS, METRICS, SIN, metrics
 
-DIGITS = Run(data='digits', n_train=50, n_valid=50, bs=25, iters=4)
-SIN = Run(data='sin', model='mlp', n_train=50, n_valid=50, bs=25, iters=4)  # trains in milliseconds
-METRICS = ['test', 'valid', 'train', 'jac_train', 'jac_test', 'jac_between', 'jac_noise', 'weight_norm']
 REGS = ['double_back', 'jac_reg', 'frob_reg', 'spect_reg', 'confidence_penalty']
-
-
-def metrics(row): return {k: row[k] for k in METRICS}
 
 
 @pytest.fixture
