@@ -10,8 +10,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from gradreg import cli
 from gradreg.notebooks import (StudyFailed, execute, expanded, find_study, harmless, html_page, may_write, question,
                                read_cells, read_study, save_page, save_study, studies, texts)
-
-PNG = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
+from samples import PNG
 
 
 def stored(*outputs, source='pass'):
