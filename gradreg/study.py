@@ -7,11 +7,13 @@ __all__ = ['cost', 'on_processes', 'on_ray', 'run_all', 'choose', 'tune', 'reada
 
 # %% ../nbs/20_study.ipynb #d1574276
 import hashlib, itertools, os, sys, threading, time, warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from functools import cache
 from numbers import Integral
+from pathlib import Path
 import pandas as pd
 import torch
 from joblib import Parallel, cpu_count, delayed, parallel_config
@@ -68,11 +70,11 @@ def _job(r, device, work, owner=None, path=()):
 
 # %% ../nbs/20_study.ipynb #94e88ea5
 def on_processes(
-    todo,   # Runs
-    jobs,   # of them at a time
-    device, # where; None for what `work` takes, or for each of several GPUs in turn
-    work    # a function (Run, device) -> row
-): # yields (Run, row) as each ends
+    todo:list,       # Runs
+    jobs:int,        # of them at a time
+    device:str|None, # where; None for what `work` takes, or for each of several GPUs in turn
+    work:Callable    # a function (Run, device) -> row
+)->Iterator: # yields (Run, row) as each ends
     "Runs on processes of this machine."
     n = torch.cuda.device_count() if device is None and jobs > 1 else 0
     devices = itertools.cycle([f'cuda:{i}' for i in range(n)] or [device])
@@ -85,11 +87,11 @@ def _path(): return [o or os.getcwd() for o in sys.path]
 
 # %% ../nbs/20_study.ipynb #4b3923d4
 def on_ray(
-    todo,   # Runs
-    jobs,   # of them at a time, None for as many as fit
-    device, # as in `on_processes`
-    work    # a function (Run, device) -> row
-): # yields (Run, row) as each ends
+    todo:list,       # Runs
+    jobs:int|None,   # of them at a time, None for as many as fit
+    device:str|None, # as in `on_processes`
+    work:Callable    # a function (Run, device) -> row
+)->Iterator: # yields (Run, row) as each ends
     "Runs on a Ray cluster: that of RAY_ADDRESS, or one that runs here, or a new one; one GPU each where there are any."
     try: import ray  # here: an extra, and slow to import
     except ImportError as e: raise ImportError("backend='ray' needs Ray: pip install ray") from e
@@ -219,17 +221,16 @@ def _asked(jobs, backend, device):
 
 # %% ../nbs/20_study.ipynb #da517282
 def run_all(
-    runs,         # Runs
-    path,         # result file, csv; made if it does not exist
-    jobs=None,    # at a time, 0 to train nothing; None: GRADREG_JOBS, or one per GPU or core; on Ray as many as fit
-    backend=None, # 'loky' (this machine) or 'ray' (a cluster: `pip install ray`); None: GRADREG_BACKEND, or 'loky'
-    device=None,  # where to train; None: GRADREG_DEVICE, or what `train` takes
-    run=None      # a function (Run, device) -> row; None for that of Training
+    runs:Iterable,         # Runs
+    path:str|Path,         # result file, csv; made if it does not exist
+    jobs:int|None=None,    # at a time, 0 to train nothing; None: GRADREG_JOBS, or one per GPU or core, on Ray what fits
+    backend:str|None=None, # 'loky' (this machine) or 'ray' (`pip install ray`); None: GRADREG_BACKEND, or 'loky'
+    device:str|None=None,  # where to train; None: GRADREG_DEVICE, or what `train` takes
+    run:Callable|None=None # a function (Run, device) -> row; None for that of Training
 )->pd.DataFrame: # the rows of these runs, in their order
     "Train the runs that the file lacks and return the rows of all. Can be interrupted and started again at any time."
     jobs,backend,device = _asked(jobs, backend, device)
-    seeds,runs = settings().seeds,list(dict.fromkeys(runs))
-    if seeds: runs = [r for r in runs if r.seed < seeds]
+    runs = [r for r in dict.fromkeys(runs) if r.seed < (settings().seeds or r.seed + 1)]
     if settings().smoke: runs,jobs,backend = _smoke(runs),jobs and 1,'loky'
     todo = list(dict.fromkeys(_missing(runs, path))) if jobs != 0 else []
     if todo: path = check_writable(path)
@@ -244,7 +245,7 @@ def run_all(
 def choose(
     base:Run,        # the run to tune
     df:pd.DataFrame, # rows as `run_all` returns them, of all combinations of the axes
-    axes             # names of the fields to choose, for instance `['spect_reg']`
+    axes:Iterable    # names of the fields to choose, for instance `['spect_reg']`
 )->Run: # `base` with the best values
     "The run with the best mean validation score over the seeds; the test set plays no part (paper, section 4)."
     ok,axes = df[df.status == 'ok'],list(axes)
@@ -259,14 +260,14 @@ def choose(
 
 # %% ../nbs/20_study.ipynb #3182ed89
 def tune(
-    base:Run,       # the run to tune
-    path,           # result file, csv
-    seeds=range(3), # seeds to average over
-    jobs=None,      # as in `run_all`
-    backend=None,   # as in `run_all`
-    device=None,    # as in `run_all`
-    run=None,       # as in `run_all`
-    **axes          # field=values to choose from, for instance `spect_reg=[.01, .03, .1]`
+    base:Run,                # the run to tune
+    path:str|Path,           # result file, csv
+    seeds:Iterable=range(3), # seeds to average over
+    jobs:int|None=None,      # as in `run_all`
+    backend:str|None=None,   # as in `run_all`
+    device:str|None=None,    # as in `run_all`
+    run:Callable|None=None,  # as in `run_all`
+    **axes                   # field=values to choose from, for instance `spect_reg=[.01, .03, .1]`
 )->Run: # `base` with the best values
     "`choose` among all combinations of the axes' values, after training what the result file lacks."
     return choose(base, run_all(grid(base, **axes, seed=seeds), path, jobs, backend, device, run), axes)

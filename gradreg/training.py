@@ -188,6 +188,17 @@ class Trace(Callback):
         self.found.update({f'{k}@{self.train_iter}': v for k,v in self.measure(self.model).items()})
         self.model.train()
 
+# %% ../nbs/13_training.ipynb #a7828ced
+@contextmanager
+def _products(tf32):
+    "Convolutions and matrix products of float32 with factors of 10 bits, or without."
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [o.allow_tf32 for o in backends]
+    for o in backends: o.allow_tf32 = tf32
+    try: yield
+    finally:
+        for o,was in zip(backends, before): o.allow_tf32 = was
+
 # %% ../nbs/13_training.ipynb #a52070c1
 @contextmanager
 def _coarse(model, device):
@@ -199,17 +210,6 @@ def _coarse(model, device):
     model.forward = coarse
     try: yield
     finally: del model.forward
-
-# %% ../nbs/13_training.ipynb #a7828ced
-@contextmanager
-def _products(tf32):
-    "Convolutions and matrix products of float32 with factors of 10 bits, or without."
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [o.allow_tf32 for o in backends]
-    for o in backends: o.allow_tf32 = tf32
-    try: yield
-    finally:
-        for o,was in zip(backends, before): o.allow_tf32 = was
 
 # %% ../nbs/13_training.ipynb #bf8aa054
 @contextmanager
@@ -340,6 +340,7 @@ def run(
     device = learn.dls.device
     return dict(row, seconds=time.perf_counter() - start, peak_mb=_peak_mb(device), **machine(device))
 
+# %% ../nbs/13_training.ipynb #1c2dba36
 @one_thread()
 def rehearse(
     r:Run,                            # what is to be trained

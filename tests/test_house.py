@@ -95,7 +95,7 @@ def untyped(f):
     yield from (p.name for p in own[method:] if p.annotation is p.empty)
     if signature.return_annotation is signature.empty and f.__name__ != '__init__': yield 'return'
 
-@pytest.mark.parametrize('module', [o for o in modules if o != 'study'])
+@pytest.mark.parametrize('module', modules)
 def test_what_is_offered_has_types(module):
     names = [getattr(importlib.import_module(f'gradreg.{module}'), o) for o in exported(module)]
     functions = [o for o in names if inspect.isfunction(o)]

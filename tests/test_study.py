@@ -14,10 +14,8 @@ from joblib.externals.loky.backend.context import set_start_method
 from gradreg import study
 from gradreg.runs import BACKENDS
 from gradreg.study import Run, append_row, grid, load_rows, run, run_all, tune
+from samples import DIGITS, SIN, metrics
 
-DIGITS = Run(data='digits', n_train=50, n_valid=50, bs=25, iters=4)
-SIN = Run(data='sin', model='mlp', n_train=50, n_valid=50, bs=25, iters=4)  # trains in milliseconds
-METRICS = ['test', 'valid', 'train', 'jac_train', 'jac_test', 'jac_between', 'jac_noise', 'weight_norm']
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +24,6 @@ def no_smoke(monkeypatch): monkeypatch.delenv('GRADREG_SMOKE', raising=False)
 
 @pytest.fixture
 def path(tmp_path): return tmp_path/'rows.csv'
-
-
-def metrics(row): return {k: row[k] for k in METRICS}
 
 
 def made(r, **kwargs): return {**asdict(r), 'status': 'ok', 'test': .5, 'valid': .5, 'train': .5, **kwargs}
