@@ -340,12 +340,10 @@ def run(
     device = learn.dls.device
     return dict(row, seconds=time.perf_counter() - start, peak_mb=_peak_mb(device), **machine(device))
 
-# %% ../nbs/13_training.ipynb #1c2dba36
 @one_thread()
 def rehearse(
     r:Run,                            # what is to be trained
     device:str|torch.device|None=None # as in `learner`
 )->dict: # what `run` would find, from one step and a few points
     "One step on `r`'s own data, and each measure on four points: what can never work fails here, and not overnight."
-    r = replace(r, iters=1, trace=0)
-    return _outcome(r, train(r, device), n=4, points=4)
+    return _outcome(r := replace(r, iters=1, trace=0), train(r, device), n=4, points=4)

@@ -464,7 +464,7 @@ def test_distributed(tmp_path):
     calls = [[sys.executable, script, tmp_path/'meet', str(rank)] for rank in range(2)]
     runs = [subprocess.Popen(o, cwd=root, stderr=subprocess.PIPE, text=True) for o in calls]
     for o in runs:
-        error = o.communicate(timeout=120)[1]
+        error = o.communicate(timeout=600)[1]
         assert o.returncode == 0, error[-2000:]
 
 # ---------------------------------------------------------------- the callbacks

@@ -75,14 +75,14 @@ def survives(path):
     for args in ['list'], ['show', 'so']: assert cli.main(args) in (0, 2)  # a traceback would come out here
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(place=st.sampled_from(PLACES), value=json_values)
 def test_a_value_in_the_wrong_place(folder, place, value):
     (folder/'50_so.ipynb').write_text(json.dumps(damaged(place, value)), encoding='utf-8')
     survives(folder/'50_so.ipynb')
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(content=st.binary(max_size=200) | json_values.map(json.dumps).map(str.encode))
 @example(b'')
 @example(b'[' * 100_000)
