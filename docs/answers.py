@@ -1,10 +1,9 @@
 "What the runs say of each regularizer, from the files of claims: tables for the cards and the page that compares them."
 
 import re
-from pathlib import Path
 from gradreg.claims import all_claims, told
+from gradreg.notebooks import studies
 
-root = Path(__file__).resolve().parents[1]
 subjects = {
     'double_back': 'DoubleBack',
     'jac_reg': 'JacReg',
@@ -22,7 +21,7 @@ facts = {  # what no run has to tell: what is penalised, whether labels are need
 
 def study(name):
     "The notebook of a study, as the pages of `docs` link it."
-    found = next((root/'nbs/studies').glob(f'[0-9][0-9]_{name}.ipynb'), None)
+    found = studies().get(name)
     return f'[{name.replace("_", " ")}](../studies/{found.name})' if found else name
 
 def table(found, up='../'):

@@ -30,12 +30,12 @@ _format = ('wanted: x_train, y_train[, x_test, y_test][, classes]; images uint8,
 
 def shown(
     text:object, # a name or a message that may come from a file
-    width:int=60, # characters at most, from 4 up
-)->str: # one line
+    width:int|None=60, # characters at most, from 4 up; None for all
+    keep:str='', # what is left as it is, though not printable, such as the ends of lines
+)->str: # one line, unless they are kept
     "`text` as it can go to a terminal or a title: what is not printable is escaped, what is too long is cut"
-    escaped = (c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[:width + 1])
-    line = ''.join(escaped)
-    return line if len(line) <= width else f'{line[:width - 3]}...'
+    line = ''.join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in str(text)[:width and width + 1])
+    return line if width is None or len(line) <= width else f'{line[:width - 3]}...'
 
 # %% ../nbs/05_arrays.ipynb #715870c9
 def _need(ok, where, fault):

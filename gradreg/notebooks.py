@@ -92,8 +92,8 @@ def harmless(
     text:str # from anywhere
 )->str:
     "Text with all that a terminal would obey spelled out, but the ends of lines and tabulators."
-    obeyed = '[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]'
-    return re.sub(obeyed, lambda m: m[0].encode('unicode_escape').decode(), text.replace('\r\n', '\n'))
+    from gradreg.arrays import shown # here: slow to import
+    return shown(text.replace('\r\n', '\n'), None, '\n\t')
 
 def texts(
     cells:list,   # what `read_cells` returns
