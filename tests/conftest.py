@@ -16,6 +16,11 @@ def repeatable():
     yield
     torch.use_deterministic_algorithms(before)
 
+@pytest.fixture
+def path(tmp_path):
+    "A result file that is not there yet."
+    return tmp_path/'rows.csv'
+
 def on_cuda(item):
     params = item.callspec.params.values() if hasattr(item, 'callspec') else ()
     return item.get_closest_marker('cuda') or any(isinstance(o, str) and o == 'cuda' for o in params)

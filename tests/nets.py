@@ -14,6 +14,8 @@ each_net = pytest.mark.parametrize('kind', NETS)
 
 def rowwise(z): return z.detach().cos() + .1  # the same for an example, whatever batch it is in
 
+def weights(learn): return {k: p.detach() for k, p in learn.model.named_parameters()}
+
 class Once(torch.autograd.Function):
     "tanh, whose derivative cannot be differentiated."
     @staticmethod

@@ -3,11 +3,11 @@ import json, os, re, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 import pandas as pd, pytest
+from book import read, root
 from fastcore.basics import camel2snake
 from gradreg import relative_callbacks
 from gradreg.runs import REGULARIZERS
 
-root = Path(__file__).resolve().parents[1]
 docs = root/'docs'
 sys.path.insert(0, str(docs))
 import answers, tables
@@ -15,7 +15,6 @@ import answers, tables
 pages = sorted(p for p in docs.rglob('*.md') if '_build' not in p.parts)
 ids = lambda p: p.stem
 
-def read(path): return path.read_text(encoding='utf-8')
 def blocks(path): return re.findall(r'^```python\n(.*?)^```$', read(path), re.M | re.S)
 def is_script(code): return re.match(r'# (\w+\.py)\n', code)
 

@@ -121,6 +121,15 @@ rooms = [*(root/'gradreg').glob('[!_]*.py'), *(root/'docs').glob('*.py')]  # tes
 @pytest.mark.parametrize('path', rooms, ids=lambda p: p.name)
 def test_no_private_name_crosses_a_room(path): assert not privates(read(path))
 
+def helpers(path):
+    "What a file of tests declares at its top, imports apart, where it is more than a line."
+    top = [ast.unparse(o) for o in ast.parse(read(path)).body if not isinstance(o, (ast.Import, ast.ImportFrom))]
+    return {o for o in top if '\n' in o}
+
+def test_what_tests_share_is_declared_once():
+    declared = Counter(o for path in (root/'tests').glob('*.py') for o in helpers(path))
+    assert not [o for o,n in declared.items() if n > 1], 'move it to book, nets or samples'
+
 def annotated(x:int, *args, **kwargs)->int: return x
 
 @pytest.mark.parametrize('check,text,bad', [

@@ -18,7 +18,7 @@ from gradreg.relative_callbacks import (DataGrad, FiniteDifference, Layerwise, S
                                         TangentProp, TwoSided, own_losses)
 from gradreg.runs import Run
 from gradreg.training import run
-from nets import Once, rowwise
+from nets import Once, rowwise, weights
 
 rng = torch.Generator().manual_seed(0)
 X, Y = torch.rand(16, 1, 8, 8, generator=rng), torch.arange(16) % 3
@@ -52,8 +52,6 @@ def fit(*cbs, epochs=2, **kw):
     learn = learner(*cbs, **kw)
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, .1)
     return learn
-
-def weights(learn): return {k: p.detach() for k, p in learn.model.named_parameters()}
 
 @each
 def test_no_strength_no_change(name):

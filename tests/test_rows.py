@@ -15,10 +15,6 @@ many = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCh
 KEY = dict(data='mnist', lr=1e-3, every=1, bn=False, seed=0)
 
 
-@pytest.fixture
-def path(tmp_path): return tmp_path/'rows.csv'
-
-
 def made(**kwargs): return {**KEY, 'status': 'ok', 'test': .5, 'valid': .5, **kwargs}
 
 

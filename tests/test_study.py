@@ -22,10 +22,6 @@ from samples import DIGITS, SIN, metrics
 def no_smoke(monkeypatch): monkeypatch.delenv('GRADREG_SMOKE', raising=False)
 
 
-@pytest.fixture
-def path(tmp_path): return tmp_path/'rows.csv'
-
-
 def made(r, **kwargs): return {**asdict(r), 'status': 'ok', 'test': .5, 'valid': .5, 'train': .5, **kwargs}
 
 
@@ -95,7 +91,7 @@ def forked(f, *args):
     return p
 
 
-def wait_for(what, seconds=300):
+def wait_for(what, seconds=900):
     end = time.monotonic() + seconds
     while not (got := what()):
         assert time.monotonic() < end, 'it did not happen'
@@ -103,8 +99,8 @@ def wait_for(what, seconds=300):
     return got
 
 
-def ends(p, code=0, seconds=300):
-    try: wait_for(lambda: p.exitcode is not None, seconds)  # join would wait for the workers too, which hold its pipe
+def ends(p, code=0):
+    try: wait_for(lambda: p.exitcode is not None)  # join would wait for the workers too, which hold its pipe
     finally:
         with suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
     assert p.exitcode == code
@@ -617,7 +613,7 @@ def ray_head(tmp_path_factory):
     if importlib.util.find_spec('ray') is None: pytest.skip("Ray is not installed: pip install ray")
     port, *agents = free_ports(5)
     env = dict(RAY_ADDRESS=f'127.0.0.1:{port}', RAY_AUTH_MODE='token', RAY_AUTH_TOKEN=uuid.uuid4().hex,
-               RAY_raylet_start_wait_time_s='180')
+               RAY_raylet_start_wait_time_s='900')
     log = tmp_path_factory.mktemp('ray')/'head.log'
     temp = tempfile.mkdtemp(prefix='ray', dir='/tmp')  # short: Ray's sockets lie in it
     # with given ports the node does not wait, 15 seconds at most, for its agents to name theirs: ray-project/ray#65983
@@ -629,7 +625,7 @@ def ray_head(tmp_path_factory):
     with open(log, 'w') as f:
         head = subprocess.Popen(command, env={**os.environ, **env}, stdout=f, stderr=f, start_new_session=True)
     try:
-        wait_for(lambda: 'Ray runtime started' in log.read_text() or head.poll() is not None, 180)
+        wait_for(lambda: 'Ray runtime started' in log.read_text() or head.poll() is not None)
         assert head.poll() is None, log.read_text()[-3000:]
         with pytest.MonkeyPatch.context() as m:
             for k, v in env.items(): m.setenv(k, v)
@@ -639,18 +635,22 @@ def ray_head(tmp_path_factory):
     finally:
         kids = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
         head.terminate()
-        head.wait(60)
+        head.wait(900)
         wait_for(lambda: gone(kids))
         shutil.rmtree(temp, ignore_errors=True)
 
 
 def test_ray(ray_head, path, monkeypatch):
     "A small grid, and a worker killed in the middle of its run costs nothing but that run's time"
-    long = replace(SIN, iters=2000, seed=9)
-    runs = [long, *grid(SIN, seed=range(4)), replace(DIGITS, lr=1e30)]
-    killed = []
+    runs = [replace(SIN, seed=9), *grid(SIN, seed=range(4)), replace(DIGITS, lr=1e30)]
+    killed, begun = [], path.parent/'begun'
+    def work(r, device):
+        if r.seed == 9 and not begun.exists():
+            begun.touch()
+            time.sleep(10_000)
+        return run(r, device)
     def kill():
-        wait_for(lambda: len(load_rows(path)) == 5, 180)  # all but the long one
+        wait_for(lambda: begun.exists() and len(load_rows(path)) == 5)  # all but the first
         worker, = [o for o in ray_head.children(recursive=True) if (o.cmdline() or [''])[0].startswith('ray::_job')]
         worker.kill()
         killed.append(worker.pid)
@@ -659,8 +659,8 @@ def test_ray(ray_head, path, monkeypatch):
         run_all([replace(DIGITS, n_train=55), *runs], path, jobs=2, backend='ray')
     assert not path.exists()
     killer.start()
-    df = run_all(runs, path, jobs=2, backend='ray')
-    killer.join(10)
+    df = run_all(runs, path, jobs=2, backend='ray', run=work)
+    killer.join(900)
     assert len(killed) == 1
     assert df.status.tolist() == ['ok']*5 + ['diverged'] and df.seed.tolist() == [9, 0, 1, 2, 3, 0]
     for i in (1, 2): assert metrics(run(runs[i])) == metrics(df.iloc[i])

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from gradreg.callbacks import ConfidencePenalty, DoubleBack, FrobReg, JacReg, SpectReg
 from gradreg.relative_callbacks import FiniteDifference, SpectralNorms
 from gradreg.unlabelled import Unlabelled
+from nets import weights
 
 rng = torch.Generator().manual_seed(0)
 X, Y, U = torch.rand(24, 1, 8, 8, generator=rng), torch.arange(24) % 3, torch.rand(12, 1, 8, 8, generator=rng)
@@ -43,7 +44,6 @@ def fit(*cbs, model=None, bs=8, epochs=2, **kw):
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, .1)
     return learn
 
-def weights(learn): return {k: p.detach() for k, p in learn.model.named_parameters()}
 
 def test_loss_and_metrics_see_the_labelled_only():
     spy = Spy()
