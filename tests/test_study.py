@@ -1,7 +1,7 @@
 "What a reader of chapter 20_study need not see: interrupted, killed and concurrent sweeps, a real Ray"
 import importlib.util, math, multiprocessing, os, shutil, signal, socket, subprocess, sys, tempfile, threading, time
 import uuid, warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -607,37 +607,53 @@ def free_ports(n):
     return ports
 
 
-@pytest.fixture(scope='module')
-def ray_head(tmp_path_factory):
-    "A cluster of two workers on this machine, started as an administrator would, and RAY_ADDRESS set to it"
-    if importlib.util.find_spec('ray') is None: pytest.skip("Ray is not installed: pip install ray")
+@contextmanager
+def cluster(log):
+    "The head of a cluster of two workers on this machine, started as an administrator would, and what names it."
     port, *agents = free_ports(5)
     env = dict(RAY_ADDRESS=f'127.0.0.1:{port}', RAY_AUTH_MODE='token', RAY_AUTH_TOKEN=uuid.uuid4().hex,
                RAY_raylet_start_wait_time_s='900')
-    log = tmp_path_factory.mktemp('ray')/'head.log'
     temp = tempfile.mkdtemp(prefix='ray', dir='/tmp')  # short: Ray's sockets lie in it
-    # with given ports the node does not wait, 15 seconds at most, for its agents to name theirs: ray-project/ray#65983
+    # with given ports the node does not wait for most of its agents to name theirs: ray-project/ray#65983
     names = 'dashboard-agent-listen-port', 'dashboard-agent-grpc-port', 'metrics-export-port', 'runtime-env-agent-port'
     command = [str(Path(sys.executable).with_name('ray')), 'start', '--head', '--block', '--num-cpus=2', '--num-gpus=0',
                f'--port={port}', *(f'--{k}={v}' for k, v in zip(names, agents)), '--include-dashboard=false',
                '--include-log-monitor=false', '--disable-usage-stats',
                '--object-store-memory=80000000', f'--temp-dir={temp}']
     with open(log, 'w') as f:
-        head = subprocess.Popen(command, env={**os.environ, **env}, stdout=f, stderr=f, start_new_session=True)
-    try:
-        wait_for(lambda: 'Ray runtime started' in log.read_text() or head.poll() is not None)
-        assert head.poll() is None, log.read_text()[-3000:]
-        with pytest.MonkeyPatch.context() as m:
-            for k, v in env.items(): m.setenv(k, v)
-            yield psutil.Process(head.pid)
-            import ray
-            ray.shutdown()
+        p = subprocess.Popen(command, env={**os.environ, **env}, stdout=f, stderr=f, start_new_session=True)
+    head = psutil.Process(p.pid)
+    try: yield head, env
     finally:
-        kids = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
-        head.terminate()
-        head.wait(900)
+        kids = head.children(recursive=True) if p.poll() is None else []
+        for o in [p, *kids]:
+            with suppress(psutil.NoSuchProcess): o.terminate()
+        p.wait(900)
         wait_for(lambda: gone(kids))
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def given_up(head):
+    "Ray lets its node wait 15 seconds for the first agent, which a busy machine may need for imports alone."
+    return any(o.status() == 'zombie' for o in [head, *(o for o in head.children() if o.name() == 'raylet')])
+
+
+@pytest.fixture(scope='module')
+def ray_head(tmp_path_factory):
+    "A cluster that runs, and RAY_ADDRESS set to it"
+    if importlib.util.find_spec('ray') is None: pytest.skip("Ray is not installed: pip install ray")
+    log = tmp_path_factory.mktemp('ray')/'head.log'
+    for _ in range(5):
+        with cluster(log) as (head, env):
+            started = wait_for(lambda: 'Ray runtime started' in log.read_text() and 'yes' or given_up(head) and 'no')
+            if started == 'no': continue
+            with pytest.MonkeyPatch.context() as m:
+                for k, v in env.items(): m.setenv(k, v)
+                yield head
+                import ray
+                ray.shutdown()
+            return
+    pytest.skip(f'the machine is too busy for Ray to start: {log.read_text()[-300:]}')
 
 
 def test_ray(ray_head, path, monkeypatch):
