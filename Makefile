@@ -1,7 +1,7 @@
 # gradreg: `make help` lists what there is. Every target works in a fresh clone.
 PY = .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help install export test test-latest study bench lab docs seconds install-browser ci-browser clean
+.PHONY: help install export test test-latest test-recipes study bench lab docs seconds install-browser ci-browser clean
 SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
 
 help: ## this list
@@ -26,6 +26,11 @@ test-latest: ## the installed package alone, with the newest fastai and fastcore
 	python3 -m venv .venv-latest
 	.venv-latest/bin/python -m pip install -q -U . pytest
 	cd tests && ../.venv-latest/bin/python -m pytest -q -p no:cacheprovider test_latest.py
+
+test-recipes: ## the recipes of the site, with Lightning, Hugging Face and others, in a third environment
+	[ -d .venv-recipes ] || python3 -m venv .venv-recipes
+	.venv-recipes/bin/python -m pip install -q -e '.[recipes]'
+	cd tests && ../.venv-recipes/bin/python -m pytest -q -p no:cacheprovider test_recipes.py
 
 study: install ## the first study: train, compare, write figures and a page (a few minutes)
 	.venv/bin/gradreg run digits --results nbs/studies/out/digits
@@ -54,4 +59,4 @@ ci-browser: # a CI machine gets a browser if it can; without one the browser tes
 	@[ -z "$$CI" ] || command -v chromium || command -v google-chrome || $(MAKE) -s install-browser || true
 
 clean: ## remove what make made, environments included
-	rm -rf .venv .venv-latest build dist _docs _proc docs/_build nbs/studies/out *.egg-info
+	rm -rf .venv .venv-latest .venv-recipes build dist _docs _proc docs/_build nbs/studies/out *.egg-info

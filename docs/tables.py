@@ -106,13 +106,22 @@ def strengths(column, results):
         pd.concat([authors(REGULARIZERS[column].partition(':')[2]), pd.DataFrame(tuned(column, results))])
     )
 
+def recipe(path):
+    "A file of docs/recipes as it stands, the lines that the penalty adds marked."
+    code = path.read_text(encoding='utf-8')
+    calls = r'(spect_reg|SpectReg|double_backward|outputs_of|fused_attn)\('
+    ours = rf'requires_grad_|{calls}|eager|enable_grad|trace_auto|lam\*'
+    marked = [i for i,o in enumerate(code.splitlines(), 1) if re.search(ours, o) and 'import' not in o]
+    lines = f':emphasize-lines: {",".join(map(str, marked))}'
+    return f'```{{code-block}} python\n:caption: docs/recipes/{path.name}\n{lines}\n\n{code}```'
+
 def all_tables(results):
     "Everything that a page may name in double braces on a line of its own."
     return {
         f'{kind}_{c}': o
         for c in REGULARIZERS
         for kind, o in (('strengths', strengths(c, results)), ('cost', cost(c, results)))
-    }
+    } | {f'recipe_{p.stem}': recipe(p) for p in (here/'recipes').glob('*.py')}
 
 # ---------------------------------------------------------------- the slider
 

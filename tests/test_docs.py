@@ -1,5 +1,5 @@
 "What the site's pages say is true: their code runs, their numbers have a source, their tables name what exists."
-import json, os, re, subprocess, sys
+import json, re, sys
 from html.parser import HTMLParser
 from pathlib import Path
 import pandas as pd, pytest
@@ -16,38 +16,18 @@ pages = sorted(p for p in docs.rglob('*.md') if '_build' not in p.parts)
 ids = lambda p: p.stem
 
 def blocks(path): return re.findall(r'^```python\n(.*?)^```$', read(path), re.M | re.S)
-def is_script(code): return re.match(r'# (\w+\.py)\n', code)
 
 @pytest.mark.parametrize('path', [p for p in pages if blocks(p)], ids=ids)  # README's is run in index.ipynb
 def test_code_of_a_page_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {'__name__': path.stem}
-    for code in blocks(path):
-        if not is_script(code): exec(compile(code, str(path), 'exec'), names)
+    for code in blocks(path): exec(compile(code, str(path), 'exec'), names)
 
 def test_the_diff_of_the_guide_is_its_loop():
     guide = read(docs/'training.md')
     diff, = re.findall(r'^```diff\n(.*?)^```$', guide, re.M | re.S)
     after = ''.join(line[1:] + '\n' for line in diff.splitlines() if line[0] != '-')
     assert after in blocks(docs/'training.md')[0]
-
-scripts = [pytest.param(code, id=is_script(code)[1]) for p in pages for code in blocks(p) if is_script(code)]
-
-@pytest.mark.parametrize('code', scripts)
-def test_script_of_a_page_runs_in_two_processes(code, tmp_path):
-    (tmp_path/'script.py').write_text(code, encoding='utf-8')
-    env = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', 'script.py'],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-def test_there_is_a_script(): assert scripts
 
 headings = [
     'Use as a function',

@@ -12,7 +12,7 @@ def parsed(text): return ast.parse(re.sub(r'^[%!].*$', 'pass', text, flags=re.M)
 
 def too_wide(text): return [o[:60] for o in text.splitlines() if len(o) > 120 and not o.startswith('#|')]
 
-written = [*(root/'tests').glob('*.py'), *(root/'docs').glob('*.py'), root/'setup.py']
+written = [*(root/'tests').glob('*.py'), *(root/'docs').rglob('*.py'), root/'setup.py']
 
 @pytest.mark.parametrize('path', written, ids=lambda p: p.name)
 def test_lines_of_code_fit(path): assert not too_wide(read(path))
