@@ -2,7 +2,7 @@
 import json, re
 from pathlib import Path
 import pandas as pd
-from gradreg.runs import DATA, REGULARIZERS
+from gradreg.runs import DATA, REGULARIZERS, Run
 
 here = Path(__file__).resolve().parent
 root = here.parent
@@ -139,6 +139,7 @@ def slider(results):
     of = lambda df, *cols: {c: df[c].round(4).tolist() for c in cols}
     data = dict(
         points=of(points, 'x', 'y'),
+        batch=Run().bs,
         fits=[dict(lam=lam, **of(o, 'x', 'fit', 'slope')) for lam, o in curves.groupby('spect_reg')],
     )
     return (here/'slider.html').read_text(encoding='utf-8').replace('DATA', script_data(data))

@@ -224,6 +224,7 @@ def test_every_page_in_both_widths(tab, site, pages):
                 wide := tab.evaluate('Math.max(document.documentElement.scrollWidth, document.body.scrollWidth)')
             ) > width:
                 wrong.append(f'{p.name}: {wide} wide at {width}')
+        wrong += [f'{p.name}: {o}' for o in tab.evaluate(faults)]
         wrong += [
             f'{p.name}: broken image {o}'
             for o in tab.evaluate(
@@ -238,6 +239,80 @@ def test_every_page_in_both_widths(tab, site, pages):
             )
         ]
     assert not wrong
+
+# ---------------------------------------------------------------- what one sees first
+
+sizes = {'screen': dict(width=1280, height=900), 'phone': dict(width=390, height=844)}
+first = {  # what stands in the first screen of a page: whole, but the last of a list, of which half is enough
+    'studies/index.html': ['div.cell_output strong', 'div.cell_output li:nth-child(3)'],
+    'studies/30_digits.html': ['.said', 'div.cell_output img'],
+    'studies/44_relatives.html': ['.said', 'div.cell_output img'],
+    'index.html': ['article section > p:nth-of-type(1)', 'div.cell_output img'],
+    'regularizers/spect_reg.html': ['article section > p:nth-of-type(2)'],
+    'regularizers/layerwise.html': ['article section > p:nth-of-type(2)'],
+    'compare.html': ['article table tbody tr:nth-child(2)'],
+    'slider.html': ['#sin-slider input', '#sin-slider svg:nth-of-type(1)', '#sin-slider svg:nth-of-type(2)'],
+}
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+@pytest.mark.parametrize('size', sizes)
+@pytest.mark.parametrize('page', first)
+def test_answers_come_first(tab, page, size, scheme):
+    tab.emulate_media(color_scheme=scheme)
+    tab.set_viewport_size(sizes[size])
+    tab.goto(page)
+    *whole,last = [tab.locator(o).first.bounding_box() for o in first[page]]
+    height = sizes[size]['height']
+    assert all(0 <= o['y'] and o['y'] + o['height'] <= height for o in whole), whole
+    assert 0 <= last['y'] and last['y'] + last['height'] / 2 <= height, last
+
+def test_the_claims_page_begins_with_six_answers(tab):
+    tab.goto('studies/index.html')
+    asked = tab.locator('div.cell_output ul').first.locator('li')
+    assert asked.count() == 6 and all(re.match(r'[A-Z][^?]*\? .*\d', o, re.S) for o in asked.all_inner_texts())
+    box = asked.last.bounding_box()
+    assert box['y'] + box['height'] <= 900
+
+contrast = """
+() => {
+  const light = c => c.match(/[\\d.]+/g).slice(0, 3).map(o => o/255)
+    .map(o => o <= .03928 ? o/12.92 : ((o + .055)/1.055)**2.4).reduce((a, o, i) => a + o*[.2126, .7152, .0722][i], 0)
+  const ground = o => { const c = getComputedStyle(o).backgroundColor
+    return c != 'rgba(0, 0, 0, 0)' || !o.parentElement ? c : ground(o.parentElement) }
+  return [...document.querySelectorAll('article p, article td, article th, article .said p, article pre')]
+    .filter(o => o.innerText.trim()).map(o => {
+      const [a, b] = [getComputedStyle(o).color, ground(o)].map(light).sort((a, b) => b - a)
+      return (a + .05)/(b + .05) }).reduce((a, o) => Math.min(a, o), 21)
+}"""
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+@pytest.mark.parametrize('page', first)
+def test_text_can_be_read_by_day_and_night(tab, page, scheme):
+    tab.emulate_media(color_scheme=scheme)
+    tab.goto(page)
+    assert tab.evaluate(contrast) > 4.5  # WCAG's AA
+    figures = tab.locator('div.cell_output img').evaluate_all('all => all.map(o => getComputedStyle(o).filter)')
+    assert all(('invert' in o) == (scheme == 'dark') for o in figures)
+
+def test_figures_of_studies_are_vectors(site, pages):
+    shown = [o for p,page in pages.items() if p.parent.name == 'studies' for o in page.loads if '_images' in o]
+    assert len(shown) > 20 and all(o.endswith('.svg') for o in shown), [o for o in shown if not o.endswith('.svg')]
+
+faults = """
+() => [...document.querySelectorAll('div.cell_output table')].flatMap(t => {
+  const rows = [...t.rows].map(r => [...r.cells]), heads = (rows.filter(r => r.every(o => o.tagName == 'TH')).at(-1) || [])
+  const at = heads.findIndex(o => o.innerText.trim() == 'p'), found = []
+  for (const r of rows) for (const [i, o] of r.entries()) {
+    const text = o.innerText.trim(), of_p = r.length == heads.length && i == at
+    if (/^(NaN|nan|<NA>|None|NaT)$/.test(text) || /\\w\\.\\.\\.$/.test(text)) found.push(text)
+    if (of_p && /^0\\.?0*$/.test(text)) found.push('p = ' + text)
+    if (o.tagName == 'TD' && parseFloat(getComputedStyle(o).paddingLeft) < 4) found.push('touching: ' + text)
+  }
+  const names = rows.map(r => r[0]).filter(o => o && o.tagName == 'TH').slice(heads.length ? 1 : 0)
+  const counts = names.length > 1 && names.every((o, i) => o.innerText == i)
+  if (counts && !heads[0]?.innerText.trim()) found.push('row numbers')
+  return found
+})"""
 
 def test_mathematics_is_typeset(tab):
     tab.goto('01_penalties.html')

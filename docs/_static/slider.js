@@ -1,6 +1,6 @@
 // The fit to noisy points of sin(5x) and its slope, at the strength that the slider shows.
 (() => {
-  const figure = document.getElementById('sin-slider'), {points, fits} = JSON.parse(figure.querySelector('[type="application/json"]').textContent)
+  const figure = document.getElementById('sin-slider'), {points, batch, fits} = JSON.parse(figure.querySelector('[type="application/json"]').textContent)
   const [top, below] = figure.querySelectorAll('svg'), input = figure.querySelector('input'), output = figure.querySelector('output'), said = figure.querySelector('figcaption')
   const flat = key => fits.flatMap(o => o[key]).sort((a, b) => a - b)
   const width = Math.round(Math.min(720, Math.max(300, figure.clientWidth))), left = 34, right = width - 8  // letters keep their size on a phone
@@ -8,13 +8,13 @@
   const px = x => left + (x + 1)/2*(right - left)
 
   function panel(svg, [low, high], name) {
-    const h = svg.viewBox.baseVal.height, foot = h - 22, pad = (high - low)*.04, py = y => foot - (y - low + pad)/(high - low + 2*pad)*(foot - 20)
-    const step = [1, 2, 5, 10, 20, 50].find(o => (high - low)/o < 7) || 100, frame = `frame-${name}`
+    const h = svg.viewBox.baseVal.height, foot = h - 36, pad = (high - low)*.04, py = y => foot - (y - low + pad)/(high - low + 2*pad)*(foot - 20)
+    const step = [.5, 1, 2, 5, 10, 20, 50].find(o => (high - low)/o < 7) || 100, frame = `frame-${svg.viewBox.baseVal.height}`
     const ticks = [`<clipPath id="${frame}"><path d="M${left} 20H${right}V${foot}H${left}Z"/></clipPath>`]
     svg.setAttribute('viewBox', `0 0 ${width} ${h}`)
     for (let y = Math.ceil(low/step)*step; y <= high; y += step) ticks.push(`<path class="grid" d="M${left} ${py(y)}H${right}"/><text x="${left - 6}" y="${py(y) + 4}" text-anchor="end">${y}</text>`)
-    for (let x = -1; x <= 1; x += .5) ticks.push(`<text x="${px(x)}" y="${h - 6}" text-anchor="middle">${x}</text>`)
-    svg.firstElementChild.innerHTML = ticks.join('') + `<text class="name" x="${left}" y="12">${name}</text>`
+    for (let x = -1; x <= 1; x += .5) ticks.push(`<text x="${px(x)}" y="${h - 21}" text-anchor="middle">${x}</text>`)
+    svg.firstElementChild.innerHTML = ticks.join('') + `<text class="name" x="${left}" y="12">${name}</text><text x="${px(0)}" y="${h - 4}" text-anchor="middle">input x</text>`
     const line = (xs, ys, cls) => {
       const path = document.createElementNS('http://www.w3.org/2000/svg', 'path')
       path.setAttribute('class', cls)
@@ -25,7 +25,7 @@
     }
     return {line, py, g: svg.firstElementChild}
   }
-  const fitPanel = panel(top, span([...flat('fit'), ...points.y].sort((a, b) => a - b)), 'output'), slopePanel = panel(below, span(flat('slope')), 'slope')
+  const fitPanel = panel(top, span([...flat('fit'), ...points.y].sort((a, b) => a - b)), 'output of the network'), slopePanel = panel(below, span(flat('slope')), 'slope of the output')
   const first = fits[0], truth = first.x.map(x => Math.sin(5*x)), truthSlope = first.x.map(x => 5*Math.cos(5*x))
   fitPanel.line(first.x, truth, 'truth'); slopePanel.line(first.x, truthSlope, 'truth')
   fitPanel.g.insertAdjacentHTML('beforeend', points.x.map((x, i) => `<circle cx="${px(x).toFixed(1)}" cy="${fitPanel.py(points.y[i]).toFixed(1)}" r="2"/>`).join(''))
@@ -37,7 +37,7 @@
     for (const d of drawn) { d.path.remove(); d.path = d.p.line(o.x, o[d.key], 'fit') }
     output.textContent = o.lam
     input.setAttribute('aria-valuetext', `strength ${o.lam}`)
-    said.textContent = `At strength ${o.lam} the output is ${off.toFixed(3)} away from sin(5x), its slope ${offSlope.toFixed(2)} from 5 cos(5x) (root mean squares over ${o.x.length} points).`
+    said.textContent = `At strength ${o.lam} (${+(2*o.lam/batch).toPrecision(2)} where the loss is a mean) the output is ${off.toFixed(3)} away from sin(5x), its slope ${offSlope.toFixed(2)} from 5 cos(5x) (root mean squares over ${o.x.length} points).`
   }
   input.max = fits.length - 1
   input.addEventListener('input', show)
