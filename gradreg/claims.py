@@ -177,31 +177,44 @@ def told(
 # %% ../nbs/09_claims.ipynb #f4edfb22
 def _count(df): return ', '.join(f'{n} {v}' for v,n in df.verdict.value_counts().items())
 
-def _best(df, pattern):
-    "The claim with the most runs that matches, in words; '' if none was run."
-    found = df[df.claim.str.contains(pattern) & (df.n > 0)].sort_values('n', kind='stable')
-    if found.empty: return ''
-    o = found.iloc[-1]
-    return f'{o.claim.split(" (")[0]}: {told(o)} (n = {o.n:.0f}), {o.verdict}'
+def _answers(df, pattern):
+    "The claims that match and were run, in words, those with the most runs first."
+    found = df[df.claim.str.contains(pattern) & (df.n > 0)].sort_values('n', ascending=False, kind='stable')
+    return [f'{_short(o)}: {told(o)} (n = {o.n:.0f}), {o.verdict}' for o in found.itertuples()]
+
+def _short(o): return o.claim.split(' (')[0]  # without its place in the paper
+
+def _cost(bench):
+    "What a training step takes with each penalty on each batch, on the first network and device of the benchmark."
+    if bench.empty: return 'it was not measured'
+    o = bench.iloc[0]
+    rows = bench[(bench.network == o.network) & (bench.device == o.device) & (bench.every == 1)]
+    rows = rows[~rows.fast & ~rows.captured & (rows.penalty != 'none')].sort_values('ratio', kind='stable')
+    names = rows.penalty.str.title().str.replace('_', '')
+    return (f'of {o.network} ({o.device}), with a penalty on each batch, beside one without: '
+            + ', '.join(f'{m} {ratio:.1f} times' for m,ratio in zip(names, rows.ratio)))
 
 # %% ../nbs/09_claims.ipynb #31c8c992
 def headlines(
-    claims:pd.DataFrame # what `all_claims` returns
+    claims:pd.DataFrame, # what `all_claims` returns
+    bench:pd.DataFrame   # the benchmark's rows
 )->list: # of sentences
-    "Does it help, which one, how much, how sure, and where does the paper not hold?"
+    "Does it help, which one, how much, how sure, what does it cost, and where does the paper not hold?"
     claims = claims[claims.n > 0]
     helps,against = claims[claims.claim.str.contains('raises accuracy')],claims[claims.verdict == 'contradicted']
     gain,run = helps[helps.verdict == 'confirmed'].effect,claims[claims.n >= _few]
-    worst = against.loc[(against.effect.abs()/against.ci95).sort_values().index[::-1]]
+    worst = against.loc[(against.effect.abs()/against.ci95).sort_values().index[::-1]].drop_duplicates('study')
+    which = [*_answers(claims, 'DoubleBack beats SpectReg')[:1], *_answers(claims, 'DoubleBack beats the confidence')]
     return [f'Does it help? Of {len(helps)} tested claims that a regularizer raises accuracy: {_count(helps)}.',
-            f"Which one? {_best(claims, 'DoubleBack beats SpectReg')}.",
+            f"Which one? {'; '.join(which) or 'Not asked yet'}.",
             f'How much? The confirmed gains run from {gain.min():+.2f} to {gain.max():+.2f} points of accuracy; '
-            f"{_best(claims, 'SpectReg raises accuracy with weight decay')}.",
+            f"{'; '.join(_answers(claims, 'SpectReg raises accuracy with weight decay')[:1]) or 'none on MNIST yet'}.",
             f'How sure? Each effect is a mean over {run.n.min():.0f} to {run.n.max():.0f} pairs of runs that share '
             'their seed; ± is half of its 95 % interval.',
+            f'What does it cost? A training step {_cost(bench)}.',
             f'Where does the paper not hold? {len(against)} of {len(claims)} tested claims are contradicted, '
-            'most clearly: '
-            + '; '.join(f'{o.claim} ({told(o)})' for o in worst[:3].itertuples()) + '.']
+            'the clearest of three studies: '
+            + '; '.join(f'{_short(o)}: {told(o)}' for o in worst[:3].itertuples()) + '.']
 
 # %% ../nbs/09_claims.ipynb #b597e5bb
 def say(
