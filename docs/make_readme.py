@@ -4,6 +4,7 @@ from pathlib import Path
 from posixpath import normpath
 
 root = Path(__file__).resolve().parents[1]
+figures = {'image/svg+xml': ('svg', str.encode), 'image/png': ('png', base64.b64decode)}
 note = '<!-- made from nbs/index.ipynb by `make export` -->'
 
 def directives(source):
@@ -22,12 +23,13 @@ def relink(markdown):
     return ''.join(parts)
 
 def outputs(cell, alt, images):
-    "Markdown of a cell's stored outputs; PNGs go to `images` under their file names."
+    "Markdown of a cell's stored outputs; figures go to `images` under their file names."
     for o in cell['outputs']:
         data = o.get('data', {})
-        if png := ''.join(data.get('image/png', '')):
-            name = f'readme-{len(images) + 1}.png'
-            images[name] = base64.b64decode(png)
+        if kind := next((k for k in figures if k in data), None):
+            ending,content = figures[kind]
+            name = f'readme-{len(images) + 1}.{ending}'
+            images[name] = content(''.join(data[kind]))
             yield f'![{alt}](docs/images/{name})'
         elif text := ''.join(data.get('text/markdown', '')): yield relink(text)
         elif text := ''.join(o.get('text') or data.get('text/plain', '')).strip('\n'): yield f'```\n{text}\n```'
@@ -47,8 +49,8 @@ def main():
     text,images = render(json.loads((root/'nbs/index.ipynb').read_text(encoding='utf-8')))
     folder = root/'docs/images'
     folder.mkdir(parents=True, exist_ok=True)
-    for old in set(folder.glob('readme-*.png')) - {folder/name for name in images}: old.unlink()
-    for name,png in images.items(): (folder/name).write_bytes(png)
+    for old in set(folder.glob('readme-*')) - {folder/name for name in images}: old.unlink()
+    for name,content in images.items(): (folder/name).write_bytes(content)
     (root/'README.md').write_text(text, encoding='utf-8')
 
 if __name__ == '__main__': main()

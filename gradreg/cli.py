@@ -37,12 +37,13 @@ def show_claims(
 )->None:
     "Show what holds of the paper: the tally, then each claim with its verdict and our effect."
     from gradreg.claims import Verdicts, all_claims, headlines # here: slow to import
+    from gradreg.rows import load_rows
     given = results or os.environ.get('GRADREG_RESULTS')
     folder = expanded(given) if given else next(iter(studies().values())).parent/'results'
     found = all_claims(folder)
     if found.empty: raise ValueError(f'{folder}: no claims there; `gradreg run STUDY` writes them')
     tally = ', '.join(f'{n} {verdict}' for verdict,n in found.verdict.value_counts().items())
-    said = [f'{len(found)} claims: {tally}', *headlines(found)]
+    said = [f'{len(found)} claims: {tally}', *headlines(found, load_rows(folder/'bench.csv'))]
     print('\n\n'.join(harmless(textwrap.fill(o, 92)) for o in said))
     for study,part in found.groupby('study', sort=False):
         print('', harmless(study), harmless(repr(Verdicts(part))), sep='\n')

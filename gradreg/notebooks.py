@@ -52,7 +52,8 @@ def expanded(
     except RuntimeError as e: raise ValueError(f'{text}: {e}') from e
 
 # %% ../nbs/22_notebooks.ipynb #7ea426da
-_shown = 'text/markdown', 'text/plain', 'image/png'
+_FIGURES = {'image/svg+xml': ('svg', str.encode), 'image/png': ('png', base64.b64decode)} # as files: ending, content
+_shown = 'text/markdown', 'text/plain', *_FIGURES
 
 def _text(text):
     "Text as the format has it, whole or in lines."
@@ -101,7 +102,7 @@ def texts(
 )->Iterator: # over texts
     "The tables and printed sentences of an executed notebook, in order."
     for o in (o for c in cells for o in c['outputs']):
-        kinds = ('stdout',) if 'image/png' in o else ('stdout', 'text/markdown', 'text/plain')
+        kinds = ('stdout',) if _FIGURES.keys() & o.keys() else ('stdout', 'text/markdown', 'text/plain')
         lines = harmless(next(filter(None, map(o.get, kinds)), '').rstrip()).split('\n')
         if any(lines): yield '\n'.join('\n'.join(textwrap.wrap(o, width)) if len(o) > width else o for o in lines)
 
@@ -200,8 +201,9 @@ def save_page(
 )->list: # of paths
     "Write the figures of an executed notebook and its page."
     from gradreg.arrays import whole_file # here: slow to import
-    pngs = [o['image/png'] for c in read_cells(nb) for o in c['outputs'] if 'image/png' in o]
-    files = {folder/f'{name}-{i}.png': base64.b64decode(o) for i,o in enumerate(pngs, 1)}
+    outputs = [o for c in read_cells(nb) for o in c['outputs']]
+    drawn = [(ending, content(o[k])) for o in outputs for k,(ending,content) in _FIGURES.items() if k in o]
+    files = {folder/f'{name}-{i}.{ending}': content for i,(ending,content) in enumerate(drawn, 1)}
     files[folder/f'{name}.html'] = html_page(nb, name).encode()
     for file,content in files.items():
         with whole_file(file) as f: f.write(content)

@@ -12,7 +12,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
-from .tables import t_interval
+from .tables import shell, show_tables, t_interval
 
 # %% ../nbs/21_plots.ipynb #187ff11f
 _palette = sns.color_palette('colorblind').as_hex()
@@ -21,9 +21,13 @@ _named = ('SpectReg', 'DoubleBack', 'FrobReg', 'JacReg', 'ConfidencePenalty', 'w
 COLORS = dict(zip(_named, [*_palette[:8], _palette[9]]))
 
 def set_style()->None:
-    "The look of all figures, and tables as wide as a terminal shows."
-    sns.set_theme(style='whitegrid', palette='colorblind')
+    "The look of all figures and tables; a notebook's figures are vectors, and the same each time they are drawn."
+    sns.set_theme(style='whitegrid', palette='colorblind', rc={'svg.hashsalt': 'gradreg'})
     pd.set_option('display.width', 160)
+    show_tables()
+    if shell():
+        from matplotlib_inline.backend_inline import set_matplotlib_formats # here: IPython's, which a script needs not
+        set_matplotlib_formats('svg', metadata={'Date': None})
 
 def method_colors(
     names:Iterable # of groups, with methods among them or not

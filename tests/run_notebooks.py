@@ -15,7 +15,7 @@ run_all,faults = CaptureShell.run_all,[]
 
 def kinds(cell):
     shown = [o for o in cell.get('outputs', []) if o.get('name') != 'stderr']
-    return {'a figure' if 'image/png' in o.get('data', {}) else 'text' for o in shown}
+    return {'a figure' if any(k.startswith('image/') for k in o.get('data', {})) else 'text' for o in shown}
 
 def run_and_compare(shell, nb, preproc, **kw):
     "What each cell shows is compared in kind with what is stored."

@@ -49,7 +49,7 @@ def unproved(cells):
     for c in shown:
         tree = parsed(source(c))
         helpers |= {o.name for o in tree.body if isinstance(o, ast.FunctionDef) and checks(o, helpers)}
-        pictures = any('image/png' in o.get('data', {}) for o in c['outputs'])
+        pictures = any(k.startswith('image/') for o in c['outputs'] for k in o.get('data', {}))
         proofs.append(not has_flag(c, 'export', 'exporti', 'hide') and (pictures or checks(tree, helpers)))
     for i,c in enumerate(shown):
         if has_flag(c, 'export', 'exporti') and not is_import(c) and not any(proofs[i+1:i+3]):

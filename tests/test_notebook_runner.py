@@ -21,6 +21,7 @@ def stored(*outputs, source='pass'):
 GOOD = stored(new_output('stream', name='stdout', text='said'),
               new_output('stream', name='stderr', text='warned'),
               new_output('display_data', {'image/png': PNG, 'text/plain': '<Figure>'}),
+              new_output('display_data', {'image/svg+xml': '<svg/>', 'text/plain': '<Figure>'}),
               new_output('execute_result', {'text/plain': 'a  1', 'text/html': '<table>', 'application/json': {}}))
 
 
@@ -204,7 +205,7 @@ def test_only_what_was_written_is_overwritten(tmp_path_factory, sources, other):
 
 def test_files_are_whole(tmp_path, monkeypatch):
     "A page that cannot be made leaves the one before it, and no scraps"
-    assert [p.name for p in save_page(GOOD, tmp_path, 'so')] == ['so-1.png', 'so.html']
+    assert [p.name for p in save_page(GOOD, tmp_path, 'so')] == ['so-1.png', 'so-2.svg', 'so.html']
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
     monkeypatch.setattr(os, 'fsync', lambda _: (_ for _ in ()).throw(OSError('no space')))
     with pytest.raises(OSError, match='no space'): save_page(GOOD, tmp_path, 'so')

@@ -61,6 +61,7 @@ def test_readme_shows_what_a_reader_sees():
         output_type='display_data',
         data={'image/png': b64encode(b'dots').decode() + '\n', 'text/plain': ['<Figure>']},
     )
+    svg = dict(output_type='display_data', data={'image/svg+xml': ['<svg>\n', '</svg>'], 'text/plain': ['<Figure>']})
     said = dict(output_type='stream', name='stdout', text=['one\n', 'two\n'])
     nb = dict(
         cells=[
@@ -81,7 +82,7 @@ def test_readme_shows_what_a_reader_sees():
                 dict(output_type='execute_result', data={'text/plain': ['1']}),
             ),
             cell('#|echo:false\n#| fig-alt: a dot: black\nplot()', said, png),
-            cell('#| echo: false\nplot()', png),
+            cell('#| echo: false\nplot()', svg),
         ]
     )
     text,images = render(copy.deepcopy(nb))
@@ -97,11 +98,11 @@ def test_readme_shows_what_a_reader_sees():
                 '```\n1\n```',
                 '```\none\ntwo\n```',
                 '![a dot: black](docs/images/readme-1.png)',
-                '![figure](docs/images/readme-2.png)',
+                '![figure](docs/images/readme-2.svg)',
             ]
         ) + '\n'
     )
-    assert images == {'readme-1.png': b'dots', 'readme-2.png': b'dots'}
+    assert images == {'readme-1.png': b'dots', 'readme-2.svg': b'<svg>\n</svg>'}
 
 # ---------------------------------------------------------------- notebooks
 
