@@ -300,7 +300,8 @@ def test_figures_of_studies_are_vectors(site, pages):
 
 faults = """
 () => [...document.querySelectorAll('div.cell_output table')].flatMap(t => {
-  const rows = [...t.rows].map(r => [...r.cells]), heads = (rows.filter(r => r.every(o => o.tagName == 'TH')).at(-1) || [])
+  const rows = [...t.rows].map(r => [...r.cells])
+  const heads = rows.filter(r => r.every(o => o.tagName == 'TH')).at(-1) || []
   const at = heads.findIndex(o => o.innerText.trim() == 'p'), found = []
   for (const r of rows) for (const [i, o] of r.entries()) {
     const text = o.innerText.trim(), of_p = r.length == heads.length && i == at
