@@ -643,7 +643,7 @@ def ray_head(tmp_path_factory):
     "A cluster that runs, and RAY_ADDRESS set to it"
     if importlib.util.find_spec('ray') is None: pytest.skip("Ray is not installed: pip install ray")
     log = tmp_path_factory.mktemp('ray')/'head.log'
-    for _ in range(5):
+    for _ in range(3):
         with cluster(log) as (head, env):
             started = wait_for(lambda: 'Ray runtime started' in log.read_text() and 'yes' or given_up(head) and 'no')
             if started == 'no': continue
