@@ -161,7 +161,12 @@ def contents(paths, pages):
     ]
     parts = {
         'Start': ['Home <self>', 'install', *(o for o in ('slider',) if o in pages)],
-        'Use': [*(o for o in ('training', 'recipes', 'compare') if o in pages), *dict.fromkeys(cards), 'extend'],
+        'Use': [
+            *(o for o in names if o == 'tutorial'),
+            *(o for o in ('training', 'recipes', 'compare') if o in pages),
+            *dict.fromkeys(cards),
+            'extend',
+        ],
         'Results': studies,
         'Chapters': [o for o in names if re.match(r'\d\d_', o)],
         'Reference': ['api/index', 'changelog', 'citation'],
