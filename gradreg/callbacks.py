@@ -19,6 +19,7 @@ from fastai.torch_core import find_bs, get_model
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from .double_backward import fast_double_backward
 from .jacobians import NoSecondDerivative, layer_of
 from .penalties import Within, class_axis, confidence_penalty, contrasts, double_back, drawn, find_layer
@@ -168,10 +169,19 @@ def _compare(self:GradReg, pen):
         warnings.warn(f"{self.column}: lam*penalty is {term:.1e} on the first batch, {term/abs(loss):.0f} times "
                       f"the loss. Start from lam={start:.0e}, where it is a tenth of the loss")
 
-# %% ../nbs/10_callbacks.ipynb #c0de0004
-def _compiled(model): # `torch.compile(model)` or `model.compile()`, in any submodule
-    return any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None for m in model.modules())
+# %% ../nbs/10_callbacks.ipynb #c0de0018
+def _unfit(model):
+    "Why a penalty goes wrong in this model, and the way out; '' where it does not."
+    if any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None for m in model.modules()):
+        return ("the model is compiled, and a compiled backward pass cannot be differentiated again (pytorch#91469): "
+                "train the model as it was before torch.compile (`learn.model = compiled._orig_mod`) or before "
+                "model.compile(), and compile it afterwards")
+    if isinstance(model, DistributedDataParallel) and model.static_graph:
+        return ("DistributedDataParallel(static_graph=True) would not average the gradients of a penalty over the "
+                "processes: leave static_graph out (find_unused_parameters=True serves)")
+    return ''
 
+# %% ../nbs/10_callbacks.ipynb #c0de0004
 @patch
 def check(self:GradReg)->None:
     "Refuse a Learner in which the penalty would go wrong."
@@ -181,10 +191,7 @@ def check(self:GradReg)->None:
                          f"give each Learner a {kind} of its own")
     if sum(cb is self for cb in self.learn.cbs) > 1:
         raise ValueError(f"this {kind} was added to the Learner twice: add it once, or add a second {kind}")
-    if _compiled(self.model):
-        raise ValueError("the model is compiled, and a compiled backward pass cannot be differentiated again "
-                         "(pytorch#91469): train the model as it was before torch.compile (`learn.model = "
-                         "compiled._orig_mod`) or before model.compile(), and compile it afterwards")
+    if why := _unfit(self.model): raise ValueError(why)
     if self.at is not None: find_layer(get_model(self.model), self.at)
 
 # %% ../nbs/10_callbacks.ipynb #c0de0017

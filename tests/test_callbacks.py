@@ -27,6 +27,7 @@ from torch import nn
 from torch.func import functional_call, grad_and_value, jacrev, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils.data import TensorDataset
 from gradreg.callbacks import ConfidencePenalty, DoubleBack, FrobReg, GradReg, JacReg, SpectReg
@@ -454,6 +455,21 @@ def test_pitfall_10_a_compiled_model_is_refused(how):
     before = weights(learn)
     with pytest.raises(ValueError, match='the model is compiled, .* cannot be differentiated again'): run(learn)
     assert all(torch.equal(a, b) for a, b in zip(before, weights(learn)))
+
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+def test_a_static_graph_is_refused(process_group):
+    "Its gradients of a penalty would silently not be averaged over the processes; without it they are"
+    def distributed(**kwargs):
+        learn = learner(SpectReg(1., probe=rowwise))
+        learn.model = DistributedDataParallel(learn.model, **kwargs)
+        return learn
+    with pytest.raises(ValueError, match='leave static_graph out'): run(distributed(static_graph=True))
+    assert same(run(distributed(find_unused_parameters=True)), fit(SpectReg(1., probe=rowwise)))
 
 def test_pitfall_10_the_way_out():
     learn = learner(SpectReg(1., probe=rowwise))
