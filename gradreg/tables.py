@@ -37,8 +37,9 @@ def table_text(
 )->str:
     "A table as one reads it: no row numbers, blank cells where nothing is, no text cut short."
     shown = df.apply(_cells).set_axis(_labels(df.index)) if df.size else df
+    counts = df.index.name is None and df.index.equals(pd.RangeIndex(len(df)))
     with pd.option_context('display.max_colwidth', None):
-        return getattr(shown, write)(na_rep='', index=not isinstance(df.index, pd.RangeIndex), max_rows=60)
+        return getattr(shown, write)(na_rep='', index=not counts, max_rows=60)
 
 # %% ../nbs/08_tables.ipynb #b3cca5a1
 def shell()->object|None:
