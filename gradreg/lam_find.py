@@ -319,8 +319,7 @@ def lam_find(
     show_plot:bool=True  # draw what was found?
 )->Found:
     "Mock trainings from the present weights with several strengths, and one to start from if it can be known."
-    lams = None if lams is None else _strengths(lams)
-    n,orders = _whole('n', n, 2),_whole('orders', orders, 1)
+    lams,n,orders = None if lams is None else _strengths(lams),_whole('n', n, 2),_whole('orders', orders, 1)
     def mock(lam, order): return _mock(learn, penalty, lam, n, lr, score, order)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*times the loss')
@@ -330,4 +329,5 @@ def lam_find(
     if show_plot: found.plot()
     return found
 
+# %% ../nbs/17_lam_find.ipynb #b3f6c518
 Learner.lam_find = lam_find
