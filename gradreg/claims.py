@@ -246,5 +246,5 @@ def conclude(
 )->Verdicts:
     "Write the claims of a study to its file, say how many hold, and show them."
     write_rows(results(f'claims_{study}'), claims)
-    say(f'{len(claims)} claims: {_count(pd.DataFrame(claims))}.')
+    say(f"{len(claims)} claim{'s'*(len(claims) != 1)}: {_count(pd.DataFrame(claims))}.")
     return Verdicts(claims)
