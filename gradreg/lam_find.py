@@ -73,6 +73,7 @@ def _same_random_numbers():
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+
 @contextmanager
 def as_it_was(
     learn:Learner, # to be trained within
@@ -138,15 +139,6 @@ def _penalty_now(learn, penalty, n=4):
     _fit(learn, n, 0., cb)
     return float(np.mean(cb.penalties))
 
-def _branch(learn, cbs, n, lr, score, order):
-    "Validated after half of the batches and at the end, in an order of the batches of its own."
-    for _ in range(order): next(iter(learn.dls.train))
-    found = []
-    for part in (n - n//2, n//2):
-        _fit(learn, part, lr, *cbs())
-        found.append(_validated(learn, score))
-    return found
-
 # %% ../nbs/17_lam_find.ipynb #f29699de
 def strengths_around(
     middle:float, # where the grid lies, > 0
@@ -176,6 +168,8 @@ def _gain(gains): # (R,K,N)
     of_points = gains.mean(0).std(-1, ddof=1)/points**.5
     of_orders = gains.mean(-1).var(0, ddof=1).mean()/orders if orders > 1 else 0.
     return gains.mean((0, -1)),np.sqrt(of_points**2 + of_orders)
+
+def _at_the_end(scores): return _gain(_beside(scores[1, :, :1] - scores[1, :, 1:]))  # over no penalty, with errors
 
 # %% ../nbs/17_lam_find.ipynb #f4296f7e
 def _far(a, b): return max(a/b, b/a) > 3.5  # more than one step of the grid
@@ -212,7 +206,7 @@ def judge(
 )->tuple: # the best strength, or None, and the reason
     "The strength that lowers the score most, if it is known to a factor of three."
     if doubt := next(_doubts(lams, scores, n), None): return None,doubt
-    gain,error = _gain(_beside(scores[1, :, :1] - scores[1, :, 1:]))
+    gain,error = _at_the_end(scores)
     best = gain.argmax()
     return _peak(lams, gain, best),(f"{lams[best]:g} and the strengths beside it lower the score most, by "
                                     f"{gain[best]:.2g} ± {2*error[best]:.1g} after {n} batches")
@@ -228,7 +222,7 @@ class Found:
     def __repr__(self): return f"{'not known' if self.lam is None else f'{self.lam:g}'}: {self.reason}"
 
 def _tabulated(lams, scores, penalties):
-    gain,error = _gain(_beside(scores[1, :, :1] - scores[1, :, 1:]))
+    gain,error = _at_the_end(scores)
     half,end = scores.mean((1, 3))
     return pd.DataFrame(dict(penalty=penalties, half=half, end=end, gain=[0, *gain], error=[0, *error]),
                         pd.Index([0., *lams], name='lam'))
@@ -277,6 +271,7 @@ def _checked(learn, penalty):
 def _whole(name, value, low):
     if isinstance(value, Integral) and not isinstance(value, bool) and value >= low: return int(value)
     raise ValueError(f"{name}={value!r}: must be a whole number, at least {low}")
+
 def _mock(learn, penalty, lam, n, lr, score, order):
     "Scores after half and all batches, the mean loss, the penalty at the end; the Learner stays as it is."
     with as_it_was(learn, penalty(1.)):
