@@ -17,7 +17,6 @@ setup(
                  'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     packages=find_packages(include=['gradreg']), python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split(), 'ray': cfg['ray_requirements'].split(),
-                    'docs': cfg['docs_requirements'].split(), 'recipes': cfg['recipes_requirements'].split()},
+    extras_require={k.removesuffix('_requirements'): v.split() for k, v in cfg.items() if k.endswith('_requirements')},
     entry_points={'nbdev': ['gradreg=gradreg._modidx:d'], 'console_scripts': ['gradreg=gradreg.cli:main']},
     zip_safe=False)

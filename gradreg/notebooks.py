@@ -188,7 +188,9 @@ def html_page(
 )->str:
     "An executed notebook as one self-contained HTML page."
     from nbconvert import HTMLExporter
-    body,_ = HTMLExporter(template_name='basic', embed_images=True).from_notebook_node(nb)
+    from nbconvert.preprocessors import RegexRemovePreprocessor
+    unhidden = RegexRemovePreprocessor(patterns=[r'#\s*\|\s*hide\b'], enabled=True)
+    body,_ = HTMLExporter(template_name='basic', embed_images=True, preprocessors=[unhidden]).from_notebook_node(nb)
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width">'
             f'<title>{escape(title)}</title><style>{_style}</style></head><body>{body}</body></html>')

@@ -1,5 +1,5 @@
 "The notebooks as tests read them."
-import json, re
+import ast, json, re
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
@@ -12,3 +12,4 @@ def source(cell): return ''.join(cell['source'])
 def cells(path, kind=None): return [c for c in json.loads(read(path))['cells'] if kind in (None, c['cell_type'])]
 def code(path): return cells(path, 'code')
 def has_flag(cell, *flags): return bool(re.search(rf'^#\s*\|\s*({"|".join(flags)})\b', source(cell), re.M))
+def parsed(text): return ast.parse(re.sub(r'^( *)[%!].*$', r'\1pass', text, flags=re.M))

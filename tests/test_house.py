@@ -2,11 +2,9 @@
 import ast, importlib, inspect, re
 from collections import Counter
 import pytest
-from book import cells, chapters, code, has_flag, modules, notebooks, read, root, source
+from book import cells, chapters, code, has_flag, modules, notebooks, parsed, read, root, source
 
 each_chapter = pytest.mark.parametrize('path', chapters, ids=lambda p: p.stem)
-
-def parsed(text): return ast.parse(re.sub(r'^[%!].*$', 'pass', text, flags=re.M))
 
 # ---------------------------------------------------------------- width
 
