@@ -1,9 +1,11 @@
-"How tests are spread over two processes: each notebook by itself, all others by file; which of them need a GPU."
-import os
+"What all tests share, and which of them need a GPU."
+import os, subprocess, sys
 from pathlib import Path
-import pytest, torch
 
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # `make test` has a process for each core: threads would wait in turns
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when CUDA starts, for `repeatable`
+
+import pytest, torch  # noqa: E402 (both are read at this import)
 
 @pytest.fixture(autouse=True)
 def repeatable():
@@ -21,6 +23,19 @@ def path(tmp_path):
     "A result file that is not there yet."
     return tmp_path/'rows.csv'
 
+@pytest.fixture(scope='session')
+def runner():
+    "A process that runs notebooks, see run_notebooks.py."
+    env = dict(GRADREG_SMOKE='1', MPLBACKEND='Agg', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
+    env = {**{k: v for k,v in os.environ.items() if k != 'GRADREG_RESULTS'}, **env}
+    if data := env.get('GRADREG_DATA'): env['GRADREG_DATA'] = str(Path(data).resolve())  # each runs in its own folder
+    here = Path(__file__).parent
+    p = subprocess.Popen([sys.executable, here/'run_notebooks.py'], cwd=here.parent, env=env, text=True,
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    yield p
+    p.stdin.close()
+    p.wait()
+
 def on_cuda(item):
     params = item.callspec.params.values() if hasattr(item, 'callspec') else ()
     return item.get_closest_marker('cuda') or any(isinstance(o, str) and o == 'cuda' for o in params)
@@ -30,5 +45,3 @@ def pytest_collection_modifyitems(items):
         if on_cuda(item):
             item.add_marker('cuda')
             if not torch.cuda.is_available(): item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
-        name = Path(item.fspath).stem
-        item.add_marker(pytest.mark.xdist_group(item.name if name == 'test_notebooks' else name))

@@ -199,6 +199,7 @@ def tab(browser, address):
         color_scheme='light',
         permissions=['clipboard-read', 'clipboard-write'],
     )
+    context.set_default_timeout(120_000)  # a machine may be busy
     tab,faults = context.new_page(),[]
     tab.faults = faults
     tab.on('console', lambda m: faults.append(f'{tab.url}: {m.text}') if m.type in ('error', 'warning') else None)
