@@ -81,7 +81,8 @@ def _check_device(option, device):
 
 def _options(**options):
     "Those that are given, or an error that names the option or the variable that is wrong."
-    given,said = {k: v for k,v in options.items() if v is not None},settings()
+    from gradreg.rows import smoke_test # here: slow to import
+    given,said,_ = {k: v for k,v in options.items() if v is not None},settings(),smoke_test()
     for k,low in dict(seeds=1, jobs=0).items():
         if given.get(k, low) < low: raise ValueError(f'--{k} {given[k]}: must be at least {low}')
     backend = given.get('backend') or said.backend or 'loky'

@@ -16,9 +16,9 @@ from pathlib import Path
 from statistics import median
 import pandas as pd
 from .arrays import find_arrays
-from .rows import DONE, results, studies_folder
+from .rows import DONE, results, smoke_test, studies_folder
 import torch
-from .runs import Run, grid, settings
+from .runs import Run, grid
 from .study import choose, cost, readable, run_all
 
 # %% ../nbs/25_plan.ipynb #0762b1f2
@@ -158,7 +158,7 @@ def trained(
     jobs:int|None=None # as in `run_all`; None: 0 without a GPU
 )->pd.DataFrame: # rows as `readable` has them, with the columns arm and top-5 accuracy (percent)
     "The rows of some arms: trained where there is a GPU, else those that are there."
-    if jobs is None and not (torch.cuda.is_available() or settings().smoke): jobs = 0
+    if jobs is None and not (torch.cuda.is_available() or smoke_test()): jobs = 0
     runs = {name: grid(r, seed=range(seeds)) for name,r in arms.items()}
     files = {o: results(o) for o in dict.fromkeys(r.data for r in arms.values())}
     for data,path in files.items(): run_all([r for rs in runs.values() for r in rs if r.data == data], path, jobs)

@@ -143,7 +143,6 @@ class Settings:
     backend:str|None=None # a name of BACKENDS
     device:str|None=None  # where to train
     seeds:int|None=None   # only the runs with seeds below
-    smoke:bool=False      # GRADREG_SMOKE=1: a few steps of each study, for a test
     commit:str|None=None  # what is trained, where there is no git to say it
 
 def _whole(name, text, low):
@@ -158,7 +157,7 @@ def _one_of(name, text, choices):
 def settings()->Settings:
     "The environment's settings, or an error that names the variable that is wrong."
     read = {'jobs': lambda k, v: _whole(k, v, 0), 'seeds': lambda k, v: _whole(k, v, 1),
-            'backend': lambda k, v: _one_of(k, v, BACKENDS), 'smoke': lambda k, v: _one_of(k, v, ('0', '1')) == '1'}
+            'backend': lambda k, v: _one_of(k, v, BACKENDS)}
     names = {f.name: f'GRADREG_{f.name.upper()}' for f in fields(Settings)}
     given = {field: (name, v) for field,name in names.items() if (v := os.environ.get(name))}
     return Settings(**{field: read.get(field, lambda k, v: v)(*named) for field,named in given.items()})

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from joblib import Parallel, cpu_count, delayed, parallel_config
 from tqdm import tqdm
-from .rows import DONE, append_row, check_writable, load_rows, results
+from .rows import DONE, append_row, check_writable, load_rows, results, smoke_test
 from .runs import BACKENDS, DATA, REGULARIZERS, Run, grid, settings
 from .tables import compare, summarize
 from .training import penalties, rehearse, resolve, run, task_of
@@ -231,7 +231,7 @@ def run_all(
     "Train the runs that the file lacks and return the rows of all. Can be interrupted and started again at any time."
     jobs,backend,device = _asked(jobs, backend, device)
     runs = [r for r in dict.fromkeys(runs) if r.seed < (settings().seeds or r.seed + 1)]
-    if settings().smoke: runs,jobs,backend = _smoke(runs),jobs and 1,'loky'
+    if smoke_test(): runs,jobs,backend = _smoke(runs),jobs and 1,'loky'
     todo = list(dict.fromkeys(_missing(runs, path))) if jobs != 0 else []
     if todo: path = check_writable(path)
     if todo and not run: _rehearse(todo, backend, device)

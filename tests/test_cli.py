@@ -195,7 +195,8 @@ def test_wrong_options(repo, capsys, monkeypatch, args, said):
 
 
 @pytest.mark.parametrize('name,value', [('JOBS', 'two'), ('JOBS', '-1'), ('SEEDS', '0'), ('BACKEND', 'dask'),
-                                        ('DEVICE', 'abacus'), ('DATA', 'no/where'), ('RESULTS', '~nobody123/rows')])
+                                        ('DEVICE', 'abacus'), ('DATA', 'no/where'), ('RESULTS', '~nobody123/rows'),
+                                        ('SMOKE', 'maybe')])
 @pytest.mark.parametrize('command', [['run', 'old'], [*('tune --method wd --lams 0 --data digits'.split())]])
 def test_wrong_variables(repo, capsys, monkeypatch, name, value, command):
     if command[0] == 'tune' and name == 'RESULTS': pytest.skip('tune has a file of its own')

@@ -1,5 +1,5 @@
 "What a reader of chapter 07_rows need not see: damaged files, merges, spreadsheets, full disks, two writers, kills"
-import contextlib, csv, io, itertools, math, multiprocessing, os, signal, stat, subprocess, sys, time, warnings
+import contextlib, csv, io, itertools, math, multiprocessing, os, re, signal, stat, subprocess, sys, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from gradreg import rows as gradreg_rows
-from gradreg.rows import append_row, check_writable, load_rows, locked, results, studies_folder, write_rows
+from book import code, notebooks, source
+from gradreg.rows import (append_row, check_writable, load_rows, locked, results, smoke_test, studies_folder,
+                          write_rows)
 
 root = Path(__file__).resolve().parents[1]
 many = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -241,6 +243,30 @@ def test_results_wherever_one_stands(tmp_path, monkeypatch):
         assert results('x') == folder/'x.csv'
     monkeypatch.setenv('GRADREG_RESULTS', '~nobody at all')
     with pytest.raises(ValueError, match='~nobody at all: no user has that name'): results('x')
+
+
+@pytest.mark.parametrize('said,smoke', [(None, False), ('', False), ('0', False), ('1', True)])
+def test_rows_are_lost_only_by_a_smoke_test(tmp_path, monkeypatch, said, smoke):
+    monkeypatch.chdir(tmp_path)
+    for k in 'GRADREG_RESULTS', 'GRADREG_SMOKE': monkeypatch.delenv(k, raising=False)
+    if said is not None: monkeypatch.setenv('GRADREG_SMOKE', said)
+    assert smoke_test() is smoke and (results('x') != tmp_path/'results/x.csv') is smoke
+
+
+@pytest.mark.parametrize('said', ['yes', 'true', ' 1', '2'*5000])
+def test_a_smoke_test_that_is_neither_yes_nor_no(monkeypatch, said):
+    monkeypatch.setenv('GRADREG_SMOKE', said)
+    for call in smoke_test, lambda: results('x'):
+        with pytest.raises(ValueError, match='^GRADREG_SMOKE=.*choose 1') as e: call()
+        assert len(str(e.value)) < 200
+
+
+def test_one_place_reads_whether_it_is_a_smoke_test():
+    "Elsewhere the variable is set or taken away, for a test; never read"
+    def asks(text): return re.search(r"(environ.*|getenv\()'GRADREG_SMOKE|GRADREG_SMOKE' in os", text)
+    assert asks("os.environ.get('GRADREG_SMOKE')") and asks("'GRADREG_SMOKE' in os.environ")
+    found = {p.stem for p in notebooks for c in code(p) if asks(source(c))}
+    assert found == {'07_rows'}
 
 
 def test_a_bad_path_is_refused_before_anything_is_trained(tmp_path, monkeypatch):

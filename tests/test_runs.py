@@ -167,15 +167,15 @@ def env(monkeypatch):
 
 def test_settings(env):
     assert settings() == Settings()
-    env(JOBS='2', BACKEND='ray', DEVICE='cuda:1', SEEDS='10', SMOKE='1', COMMIT='abc1234')
-    assert settings() == Settings(2, 'ray', 'cuda:1', 10, True, 'abc1234')
-    env(JOBS='0', BACKEND='', SMOKE='0')
-    assert settings() == Settings(0, None, 'cuda:1', 10, False, 'abc1234')
+    env(JOBS='2', BACKEND='ray', DEVICE='cuda:1', SEEDS='10', COMMIT='abc1234')
+    assert settings() == Settings(2, 'ray', 'cuda:1', 10, 'abc1234')
+    env(JOBS='0', BACKEND='')
+    assert settings() == Settings(0, None, 'cuda:1', 10, 'abc1234')
 
 
 @pytest.mark.parametrize('name,value', [
     ('JOBS', 'all'), ('JOBS', '-1'), ('JOBS', '1.5'), ('JOBS', '9'*5000), ('JOBS', '²'), ('SEEDS', '0'),
-    ('SEEDS', 'inf'), ('BACKEND', 'dask'), ('SMOKE', 'maybe')])
+    ('SEEDS', 'inf'), ('BACKEND', 'dask')])
 def test_wrong_settings(env, name, value):
     env(**{name: value})
     with pytest.raises(ValueError, match=f'^GRADREG_{name}=') as e: settings()
