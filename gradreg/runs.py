@@ -47,17 +47,30 @@ TASKS = {'classification': Task('torch.nn:CrossEntropyLoss', 'gradreg.measures:a
 PROTOCOL = 1  # raise it when a change of `run` or of the data makes old rows incomparable
 
 _low = dict.fromkeys(('n_train', 'n_valid', 'every', 'bs', 'iters'), 1)  # the least that a field may be, 0 for others
-_path = r'[A-Za-z_][\w.]*:[A-Za-z_]\w*'  # module:name
+_path = r'(?!__main__:)[A-Za-z_][\w.]*(?<!\.py):[A-Za-z_]\w*'  # module:name, as any process can import it
 _patterns = {'data': rf'{_path}|\w[\w .+-]*', 'penalty': rf'|{_path}', 'at': r'[\w.]*'}
 _tables = {'model': NETWORKS, 'probe': PROBES, 'opt': OPTIMIZERS, 'precision': PRECISIONS}
 
+_own = "your own as 'module:name'"
+
+def _choice(name, module, attribute):
+    "What a field may be, said to one who chose `module:attribute`."
+    if module == '__main__':
+        return (f"'my_file:{attribute}', with {attribute} in my_file.py beside this notebook or script: "
+                "what these define themselves no other process can import")
+    if module.endswith('.py'): return f"'{module.removesuffix('.py').rpartition('/')[2]}:{attribute}', without .py"
+    names = ', '.join(_tables.get(name, ()))
+    return {'model': f'{names} or {_own}', 'penalty': _own,
+            'data': f'a data set, such as mnist, NAME for your NAME.npz in GRADREG_DATA, or {_own}',
+            'at': "a layer's name, such as 'layers.0', or '' for the inputs"}.get(name, names)
+
+# %% ../nbs/12_runs.ipynb #72544aee
 def _named(name, text):
     "A name that stands in its table or is a path, or else an error that says what would be."
     table = _tables.get(name, ())
     own = name in _patterns or name == 'model'
     if text in table or own and re.fullmatch(_patterns.get(name, _path), text, re.ASCII): return text
-    choices = ' or '.join([*([', '.join(table)] if table else []), *(["your own as 'module:name'"] if own else [])])
-    raise ValueError(f"{name}={text!r}: choose {choices}")
+    raise ValueError(f"{name}={text!r}: choose {_choice(name, *text.rpartition(':')[::2])}")
 
 # %% ../nbs/12_runs.ipynb #3cafdf0c
 def _shown(value):
@@ -115,6 +128,8 @@ class Run:
             object.__setattr__(self, f.name, _named(f.name, value) if isinstance(value, str) else value)
         if self.strength and not self.penalty:
             raise ValueError(f"strength={self.strength}: needs penalty='module:name'")
+        if own := [k for k,path in REGULARIZERS.items() if path == self.penalty]:
+            raise ValueError(f"penalty={self.penalty!r}: has a field of its own, {own[0]}, for its strength")
 
 # %% ../nbs/12_runs.ipynb #a3ff82f8
 def grid(

@@ -87,6 +87,33 @@ def test_bad_names(field, value):
     with pytest.raises(ValueError, match=rf'^{field}=.*choose'): Run(**{field: value})
 
 
+@pytest.mark.parametrize('field', ['data', 'model', 'penalty'])
+@pytest.mark.parametrize('text,way', [
+    ('__main__:Mine', "choose 'my_file:Mine', with Mine in my_file.py"), ('my_nets.py:small', "choose 'my_nets:small'"),
+    ('./my_nets.py:small', "choose 'my_nets:small'")])
+def test_a_path_that_no_other_process_can_import(field, text, way):
+    "A worker knows nothing of a notebook's own cells, nor does who reads the row next week"
+    with pytest.raises(ValueError, match=f"^{field}='{text}': {way}"): Run(**{field: text})
+
+
+@pytest.mark.parametrize('field,value,way', [
+    ('at', 'a-b', "a layer's name"), ('data', '', 'a data set, such as mnist'),
+    ('data', '../mine.npz', '.*GRADREG_DATA'),
+    ('model', 'vgg', "lenet5, .*or your own as 'module:name'"), ('penalty', 'GapReg', "your own as 'module:name'"),
+    ('opt', 'lion', 'adam, sgd$'), ('precision', 'fp16', 'float32, tf32, bf16$')])
+def test_what_to_choose_instead(field, value, way):
+    with pytest.raises(ValueError, match=f'^{field}={value!r}: choose {way}') as e: Run(**{field: value})
+    assert ('module:name' in str(e.value)) is (field in ('data', 'model', 'penalty'))
+
+
+@pytest.mark.parametrize('field', REGULARIZERS)
+def test_a_penalty_has_one_strength(field):
+    "Two strengths of one penalty would be two rows of one training, or one strength that is not trained"
+    for k in {}, {'strength': .2}, {'strength': .2, field: .1}:
+        with pytest.raises(ValueError, match=f'^penalty=.*a field of its own, {field},'):
+            Run(penalty=REGULARIZERS[field], **k)
+
+
 def test_names_of_ones_own():
     r = Run(data='my_data:loaders', model='pkg.nets:small', penalty='my_reg:GapReg', strength=.1, at='0.encoder.1')
     assert (r.model, r.penalty, r.strength) == ('pkg.nets:small', 'my_reg:GapReg', .1)

@@ -500,7 +500,7 @@ def test_cost():
     assert cost() == 100 == cost(wd=1, p_drop=.5) and cost(iters=200) == 200
     assert cost() < cost(spect_reg=1) < cost(spect_reg=1, double_back=1) < cost(frob_reg=1)
     assert cost(spect_reg=1, every=4) < cost(spect_reg=1) and cost(confidence_penalty=1) == cost()
-    assert cost(penalty='gradreg.callbacks:JacReg', strength=1) == cost(jac_reg=1) == 1000
+    assert cost(penalty='gradreg.relative_callbacks:SpectralNormReg', strength=1) == 2200 and cost(jac_reg=1) == 1000
 
 
 # tuning
