@@ -1,13 +1,18 @@
 "What pages say in numbers, taken from result files and from docs/*.csv."
 import json, re
+from dataclasses import asdict
 from pathlib import Path
 import pandas as pd
+from gradreg.rows import load_rows
 from gradreg.runs import DATA, REGULARIZERS, Run
+from gradreg.training import resolve
 
 here = Path(__file__).resolve().parent
 root = here.parent
 networks = {'lenet5': 'LeNet-5', 'cifar_resnet': 'ResNet', 'resnet18': 'ResNet-18'}
-setting = ['data', 'model', 'n_train', 'wd', 'p_drop', 'bn', 'iters', 'bs', 'probe', 'every']
+plain = asdict(Run())
+strengths_of = [*REGULARIZERS, 'strength']
+setting = [o for o in plain if o not in (*strengths_of, 'seed')]
 
 def markdown(df):
     "A table; numbers stand at the right."
@@ -53,6 +58,10 @@ def cost(column, results):
         rows = df[(df.network == network) & (df.fast == fast)]
         return None if rows.empty else rows.iloc[0]
     o,best,native = ratio('lenet5', False),ratio('cifar_resnet', True),ratio('cifar_resnet', False)
+    if o is None:
+        steps = 1 + resolve(REGULARIZERS[column]).passes(10)
+        return (f'A training step takes **about {steps} times** as long as a plain one with ten classes, by its '
+                'backward passes in the input; it was not timed.')
     text = (f'A training step takes **{o.ratio:.1f} times** as long as a plain one, quartiles {o.ratio_q25:.1f} to '
             f'{o.ratio_q75:.1f} ({networks[o.network]}, batch {o.bs}, {o.threads} thread, {o.machine}, {o.device}, '
             f'torch {o.torch})')
@@ -69,34 +78,38 @@ def authors(name):
     return pd.DataFrame({'data': df.data, 'network': df.network, 'strength': lam.map('{:g}'.format), 'from': df.source})
 
 def start(column):
-    "The strength to begin with: the authors' for small MNIST."
-    return authors(REGULARIZERS[column].rpartition(':')[2]).strength.iloc[0]
+    "The strength to begin with: the authors' for small MNIST; '' where they used none."
+    return next(iter(authors(REGULARIZERS[column].rpartition(':')[2]).strength), '')
+
+def runs_in(path):
+    "The rows of a file of runs; a field that is blank or younger than the file has its default, which its runs had."
+    df = load_rows(path)
+    if not {'valid', 'seed', 'status'} <= set(df): return pd.DataFrame(columns=[*plain, 'valid', 'status'])
+    return df.reindex(columns=dict.fromkeys([*df, *plain])).replace('', None).fillna(plain)
+
+def named(o):
+    "A network and how it was trained, in short, from a setting by field."
+    known = {'p_drop': 'dropout {:g}', 'bn': 'BatchNorm', 'wd': 'wd {:g}', 'every': 'every={}', 'at': "at='{}'"}
+    more = {k: f'{k}={{}}' for k in ('probe', 'shared_probe', 'opt', 'precision')}
+    said = [text.format(o[k]) for k,text in (known | more).items() if o[k] != plain[k]]
+    return ', '.join([networks.get(o['model'], o['model']), *said])
 
 def tuned(column, results):
     "The strength with the best mean validation metric, where a file holds several strengths of this regularizer alone."
-    others = [o for o in REGULARIZERS if o != column]
+    others = [o for o in strengths_of if o != column]
     for path in sorted(results.glob('*.csv')):
-        df = pd.read_csv(path)
-        if not {*setting, *REGULARIZERS, 'valid', 'seed', 'status'} <= set(df) or {*DATA} & {*df.data}: continue
-        if 'shared_probe' in df: df = df[df.shared_probe != True]  # blank in older rows
-        df = df[(df.status == 'ok') & (df[column] > 0) & (df[others] == 0).all(axis=1)]
+        df = runs_in(path)
+        df = df[(df.status == 'ok') & (df[column] > 0) & (df[others] == 0).all(axis=1) & ~df.data.isin(DATA)]
         for key,rows in df.groupby(setting):
             seeds = rows.groupby(column).seed.nunique()
             seeds = seeds[seeds >= 3]  # a grid with one run per cell is no choice, and does not spoil one beside it
             if len(seeds) < 2: continue
             rows = rows[rows[column].isin(seeds.index) & rows.seed.isin(range(seeds.min()))]
             o,mean = dict(zip(setting, key)),rows.groupby(column).valid.mean()
-            net = (
-                networks[o['model']]
-                + f', dropout {o["p_drop"]:g}' * bool(o['p_drop'])
-                + ', BatchNorm' * bool(o['bn'])
-                + f', wd {o["wd"]:g}' * bool(o['wd'])
-                + f', every={o["every"]}' * (o['every'] > 1)
-            )
             tried = ', '.join(f'{i:g}' for i in mean.index)
             yield {
                 'data': f'{o["data"]}, {o["n_train"]} points',
-                'network': net,
+                'network': named(o),
                 'strength': f'{mean.idxmax():g}',
                 'from': f'our runs: best on validation points of {tried} ({seeds.min()} seeds)',
             }

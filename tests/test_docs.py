@@ -101,6 +101,30 @@ def test_a_strength_with_one_run_does_not_hide_a_choice():
     ]
     assert '50, 100, 200 (3 seeds)' in one['from'] and '1000' not in one['from']
 
+def test_strengths_of_one_setting_are_compared_and_of_no_other(tmp_path):
+    "In the input and in two layers a strength each, with its own step size and own other penalty"
+    parts = rows(.1, [.8]*3), rows(1., [.9]*3, at='conv'), rows(2., [.9]*3, lr=.1), rows(3., [.9]*3, strength=1.)
+    pd.DataFrame(sum(parts, [])).to_csv(tmp_path/'a.csv', index=False)
+    assert not list(tables.tuned('spect_reg', tmp_path))
+    pd.DataFrame([*sum(parts, []), *rows(10., [.7]*3, at='conv')]).to_csv(tmp_path/'a.csv', index=False)
+    (one,) = tables.tuned('spect_reg', tmp_path)
+    assert one['network'] == "LeNet-5, at='conv'" and one['strength'] == '1' and ' 1, 10 (3 seeds)' in one['from']
+
+def test_files_older_than_a_field_and_networks_without_a_title_are_read(tmp_path):
+    "A file made before FrobReg and BatchNorm were fields, of somebody's network"
+    old = pd.DataFrame([*rows(.1, [.9]*3, model='my_nets:small'), *rows(.3, [.8]*3, model='my_nets:small')])
+    old.drop(columns=['frob_reg', 'bn']).to_csv(tmp_path/'a.csv', index=False)
+    (one,) = tables.tuned('spect_reg', tmp_path)
+    assert one['network'] == 'my_nets:small' and one['strength'] == '0.1'
+    assert not list(tables.tuned('frob_reg', tmp_path))
+
+def test_a_penalty_that_nobody_timed_or_used_has_a_card(tmp_path, monkeypatch):
+    bench = pd.read_csv(root/'nbs/studies/results/bench.csv')
+    bench[bench.penalty != 'frob_reg'].to_csv(tmp_path/'bench.csv', index=False)
+    assert '**about 11 times**' in tables.cost('frob_reg', tmp_path) # ten backward passes beside a step of one
+    monkeypatch.setitem(REGULARIZERS, 'frob_reg', 'my_reg:GapReg')
+    assert tables.start('frob_reg') == ''
+
 def test_cost_is_the_benchmarks():
     bench = pd.read_csv(root/'nbs/studies/results/bench.csv')
     for name in REGULARIZERS:
