@@ -96,7 +96,7 @@ _CHECKS = dict(lam=_strength, every=_period, generator=_generator)
 class GradReg(Recorded):
     "Base of the penalty callbacks: adds `lam` times the mean of `penalty()` to the loss (paper, section 2.1)."
     order,run_valid,penalties = GradientAccumulation.order-1,False,Recorded.recorded
-    capturable,takes = True,()  # within a CUDA graph; own arguments that a `Run` may set
+    capturable,takes,needs_labels = True,(),False  # within a CUDA graph; own arguments that a `Run` may set
     passes = staticmethod(lambda n_out: 1)  # backward passes for so many outputs
     scaler = property(lambda self: vars(self.learn).get('scaler'))  # not one that the Learner would find in the model
     def __init__(self,
@@ -339,6 +339,7 @@ class ConfidencePenalty(GradReg):
 # %% ../nbs/10_callbacks.ipynb #0ddbc199
 class DoubleBack(GradReg):
     "Penalise `double_back`, the squared gradient of each example's own loss (paper, section 2.1)."
+    needs_labels = True
     def shares(self)->Tensor: # (N,)
         "N equal shares: the gradient of their sum in an example's input is that of the example's own loss."
         n,loss = find_bs(self.xb),self.learn.loss_func(self.pred, *self.yb).as_subclass(Tensor).reshape(())

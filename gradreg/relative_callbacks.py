@@ -63,6 +63,7 @@ def own_losses(
 # %% ../nbs/14_relative_callbacks.ipynb #6997a806
 class DataGrad(GradReg):
     "Penalise `data_grad`, what the loss gains towards an adversarial neighbour (Ororbia et al. 2017)."
+    needs_labels = True
     def __init__(self,
         lam:float,      # strength, at least 0
         *,

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 from torch import Tensor
-from .callbacks import DoubleBack, GradReg
-from .relative_callbacks import DataGrad
+from .callbacks import GradReg
 
 # %% ../nbs/15_unlabelled.ipynb #f8f9775e
 class Unlabelled(Callback):
@@ -23,7 +22,7 @@ class Unlabelled(Callback):
     ): self.batches,self._left = batches,iter(())
 
     def before_fit(self):
-        if needy := [cb.name for cb in self.learn.cbs if isinstance(cb, (DoubleBack, DataGrad))]:
+        if needy := [cb.name for cb in self.learn.cbs if getattr(cb, 'needs_labels', False)]:
             raise ValueError(f"{', '.join(needy)} needs labels: take a penalty of outputs, as SpectReg")
 
     def draw(self)->Tensor: # (M,*D)

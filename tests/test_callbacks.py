@@ -35,7 +35,11 @@ from gradreg.data import ArrayDL, ArrayDS
 from gradreg.jacobians import NoSecondDerivative
 from gradreg.penalties import (class_axis, frob_reg, gaussian, global_generator, one_direction, rademacher, spect_reg,
                                sphere)
+from gradreg.runs import REGULARIZERS
+from gradreg.training import resolve
 from nets import F64, CPUMixedPrecision, rowwise
+
+PENALTIES = [*map(resolve, REGULARIZERS.values())]
 
 DEV = 'cuda' if torch.cuda.is_available() else 'cpu'
 rng = torch.Generator().manual_seed(0)
@@ -179,7 +183,7 @@ def test_two_of_one_class():
 # lam
 
 @pytest.mark.parametrize('net,opt_func', [(conv, SGD), (dropout, Adam), (bnorm, SGD)])
-@pytest.mark.parametrize('cb', [SpectReg, DoubleBack, FrobReg, JacReg, ConfidencePenalty])
+@pytest.mark.parametrize('cb', PENALTIES)
 def test_lam_0_changes_nothing_bit_for_bit(cb, net, opt_func):
     kw = dict(net=net, opt_func=opt_func, epochs=2)
     plain, spy = fit(**kw), Spy()
@@ -289,7 +293,7 @@ def test_pitfall_01_autocast_is_off_around_the_penalty(dtype):
 
 def test_pitfall_02_order():
     assert MixUp.order <= 0 < GradReg.order < GradientAccumulation.order < MixedPrecision.order
-    for cls in SpectReg, DoubleBack, FrobReg, JacReg, ConfidencePenalty:
+    for cls in PENALTIES:
         assert cls.order == GradReg.order and not cls.run_valid
 
 @each
@@ -1456,7 +1460,7 @@ def test_the_passes_that_a_class_names(name, c, monkeypatch):
     fit(cb, net=net, dls=loaders(y=Y % c, valid=(VALID[0], VALID[1] % c)))
     assert sum(asked) == 3*type(cb).passes(c)
 
-@pytest.mark.parametrize('cls', [SpectReg, DoubleBack, FrobReg, JacReg, ConfidencePenalty])
+@pytest.mark.parametrize('cls', PENALTIES)
 def test_the_arguments_that_a_class_names(cls):
     own = set(inspect.signature(cls).parameters) - {'lam', 'every', 'at', 'generator', 'fast'}
     assert set(cls.takes) == own and cls.passes(10) >= 0

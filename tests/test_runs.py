@@ -158,11 +158,11 @@ def test_every_entry_leads_somewhere():
 
 
 def test_the_fields_of_strength_are_the_classes():
-    "Each penalty of the package has its field, and what a class takes of a Run is a field of Run"
+    "Each penalty of chapter 10 has its field, as one of another room may; what a class takes of a Run is a field"
     from gradreg import callbacks
     found = {cls for cls in vars(callbacks).values() if isinstance(cls, type) and issubclass(cls, callbacks.GradReg)
              and cls is not callbacks.GradReg and cls.__module__ == 'gradreg.callbacks'}
-    assert {resolve(path) for path in REGULARIZERS.values()} == found
+    assert found <= {resolve(path) for path in REGULARIZERS.values()}
     strengths = [f.name for f in fields(Run) if f.name in REGULARIZERS]
     assert strengths == list(REGULARIZERS) and all(getattr(Run, k) == 0 for k in strengths)
     for name, path in REGULARIZERS.items():

@@ -12,11 +12,9 @@ from torch.utils.data import TensorDataset
 
 from gradreg import callbacks, penalties, training
 from gradreg.data import ArrayDataLoaders
-from gradreg.runs import Run, Task
+from gradreg.runs import REGULARIZERS, Run, Task
 from gradreg.training import HalfSumLoss, loaders, network, rehearse, resolve, run, task_of, top5
 from samples import DIGITS, METRICS, SIN, metrics
-
-REGS = ['double_back', 'jac_reg', 'frob_reg', 'spect_reg', 'confidence_penalty']
 
 
 @pytest.fixture
@@ -78,7 +76,7 @@ def test_deterministic(learners):
     assert first['seconds'] > 0 and first['peak_mb'] > 50
 
 
-@pytest.mark.parametrize('field', REGS)
+@pytest.mark.parametrize('field', REGULARIZERS)
 def test_regularizer_field(field, learners, flat):
     r = replace(DIGITS, **{field: .25}, every=2, probe='rademacher', iters=3)
     row = run(r)

@@ -93,7 +93,12 @@ def test_batches_come_in_turn_and_whole_loaders_begin_anew():
     fit(SpectReg(.1), Unlabelled(DataLoader(list(zip(U, range(12))), bs=5)), Watch())
     assert seen == [U[i:i+5, 0, 0, 0].tolist() for i in (0, 5, 10)]*2
 
-@pytest.mark.parametrize('pen', [DoubleBack, FiniteDifference])
+class OnTheTruth(FrobReg):
+    "A penalty of one's own that is told which class is the true one"
+    needs_labels = True
+    def outputs(self): return self.pred.gather(1, self.y[:, None])
+
+@pytest.mark.parametrize('pen', [DoubleBack, FiniteDifference, OnTheTruth])
 def test_what_needs_labels_is_refused(pen):
     with pytest.raises(ValueError, match='needs labels'): fit(pen(1.), Unlabelled([U]))
 
