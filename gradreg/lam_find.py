@@ -14,8 +14,8 @@ from numbers import Integral, Real
 import numpy as np
 import pandas as pd
 import torch
-import fastai.callback.progress  # noqa: F401 (gives the Learner no_bar)
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
+from fastai.callback.progress import CSVLogger  # its room gives the Learner no_bar, too
 from fastai.learner import Learner
 from matplotlib import pyplot as plt
 from fastcore.basics import patch
@@ -35,7 +35,9 @@ def _same_tensors(model):
     try: yield
     finally:
         with torch.no_grad():
-            for k,t in tensors().items(): t.copy_(kept[k])
+            for k,t in tensors().items():
+                t.data = t.data.to(kept[k])  # where a callback moved or converted it
+                t.copy_(kept[k])
         for p,g in grads: p.grad = g
         for m,training in modes.items(): m.training = training
 
@@ -82,7 +84,7 @@ def as_it_was(
     "Afterwards the Learner and all random numbers are as they were before, whatever happened."
     objects = [learn, *learn.cbs, *learn.dls.loaders, *others]
     with _same_random_numbers(), _same_attributes(objects), _same_state(learn.opt), _same_tensors(learn.model):
-        learn.cbs = learn.cbs.copy()  # is added to in place
+        learn.cbs = learn.cbs.filter(lambda cb: not isinstance(cb, CSVLogger))  # it would write over its file
         yield
 
 # %% ../nbs/17_lam_find.ipynb #1d437a57
@@ -107,7 +109,9 @@ def mistakes(
     targ:Tensor  # class indices, (N,)
 )->Tensor: # (N,), 1 for a mistake and 0 for none
     "Is the largest output that of another class? Its mean is 1 - accuracy."
-    return (pred.argmax(1) != targ).float()
+    if (best := pred.argmax(1)).shape == targ.shape: return (best != targ).float()
+    raise ValueError(f"the targets are {tuple(targ.shape)}, not {tuple(best.shape)}, a class each: for several at once "
+                     "take score=lambda z, y: ((z > 0) != y).float().mean(1)")
 
 # %% ../nbs/17_lam_find.ipynb #cbe4961b
 class _Scores(Callback):
@@ -261,7 +265,7 @@ def _checked(learn, penalty):
     if twin := next((o for o in learn.cbs if type(o) is type(cb)), None):
         raise ValueError(f"the Learner has a {type(cb).__name__} of strength {twin.lam:g}: take it off before, "
                          f"learn.remove_cb(learn.{twin.name})")
-    if len(learn.dls.loaders) < 2 or not len(learn.dls.valid):
+    if len(learn.dls.loaders) < 2 or not learn.dls.valid:
         raise ValueError("the Learner has no validation points, and only they can tell a strength: make DataLoaders "
                          "with some")
     if not len(learn.dls.train): raise ValueError("the training loader gives no whole batch: take a smaller batch size")

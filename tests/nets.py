@@ -26,9 +26,9 @@ class Once(torch.autograd.Function):
 
 class CPUMixedPrecision(MixedPrecision):
     "fastai's names CUDA; the CPU has all of it too."
-    def __init__(self, dtype=torch.float16):
-        super().__init__()
+    def __init__(self, dtype=torch.float16, **scaler):
+        super().__init__(**scaler)
         self.dtype = dtype
     def before_fit(self):
         self.autocast, self.scales = torch.autocast('cpu', dtype=self.dtype), L()
-        self.learn.scaler = torch.amp.GradScaler('cpu', enabled=self.dtype == torch.float16)
+        self.learn.scaler = torch.amp.GradScaler('cpu', enabled=self.dtype == torch.float16, **self.kwargs)

@@ -6,13 +6,14 @@ import pytest, torch
 import fastai.callback.schedule  # noqa: F401 (gives the Learner fit_one_cycle)
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
-from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.progress import CSVLogger
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import accuracy
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
+from fastai.metrics import F1Score, accuracy, accuracy_multi
 from fastai.optimizer import SGD, Adam, OptimWrapper
 from fastai.torch_core import set_seed
 from hypothesis import given, settings, strategies as st
@@ -24,6 +25,7 @@ from gradreg.callbacks import ConfidencePenalty, DoubleBack, FrobReg, GradReg, S
 from gradreg.data import image_dls
 from gradreg.lam_find import Found, Short, as_it_was, judge, lam_find, mistakes, strengths_around
 from gradreg.relative_callbacks import Sobolev, TwoSided
+from nets import CPUMixedPrecision
 from samples import real
 
 # ---------------------------------------------------------------- small Learners
@@ -126,6 +128,28 @@ def test_a_generator_of_ones_own_is_set_back():
 def test_nothing_is_saved(tmp_path):
     find(learner(SaveModelCallback(), path=tmp_path))
     assert not list(tmp_path.rglob('*'))
+
+def test_the_history_of_a_training_stays(tmp_path):
+    learn = fit(learner(CSVLogger(), path=tmp_path), 2)
+    before = (tmp_path/'history.csv').read_text()
+    find(learn)
+    assert (tmp_path/'history.csv').read_text() == before and before.count('\n') == 3 and learn.csv_logger in learn.cbs
+
+class Converted(Callback):
+    "Trains in another type, or on another device, than the model has."
+    def __init__(self, to): self.to = to
+    def before_fit(self): self.model.to(self.to)
+    def before_batch(self):
+        self.learn.xb = [o.to(self.to) for o in self.xb]
+        if self.to == 'cuda': self.learn.yb = [o.to(self.to) for o in self.yb]
+
+@pytest.mark.parametrize('to', [torch.float64, 'cuda'], ids=str)
+def test_what_a_callback_converts_is_converted_back(to):
+    learn = learner(Converted(to))
+    for p in learn.model.parameters(): p.grad = torch.ones_like(p)
+    before = state(learn)
+    find(learn)
+    same(state(learn), before)  # types and devices too
 
 def test_an_excursion_is_an_excursion():
     "What happens within changes the Learner, or the tests above would say nothing."
@@ -274,6 +298,59 @@ def test_each_learner(kw, cbs):
     found = find(learner(*cbs, **kw), DoubleBack)
     assert isinstance(found, Found) and np.isfinite(found.table.values).all()
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_says_the_same(dtype):
+    "Up to rounding; a mock training of one batch takes no step while the scaler looks for its scale."
+    seen = []
+    spy = Callback(after_pred=lambda self: seen.append(torch.is_autocast_enabled('cpu')))
+    half, whole = (find(learner(*cbs), n=4).table for cbs in ([CPUMixedPrecision(dtype, init_scale=2.**8), spy], []))
+    assert seen and all(seen)
+    np.testing.assert_allclose(half.drop(columns=['gain', 'error']), whole.drop(columns=['gain', 'error']), rtol=.03)
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = net(), net()
+    def forward(self, x, z): return self.left(x) + self.right(z)
+
+@pytest.mark.parametrize('at', [None, 'right.4', lambda m: m.left[4]])
+def test_several_inputs_and_a_layer(at):
+    learn = learner()
+    for dl in learn.dls.loaders: dl.dataset, dl.n_inp = [(x, x.flip(1), y) for x, y in dl.dataset], 2
+    learn.model = TwoInputs()
+    table = find(learn, partial(SpectReg, at=at)).table
+    assert table.penalty.gt(0).all() and table.end.nunique() == 4
+
+def several_labels(loss_func):
+    learn = plain_net(learner(loss_func=loss_func, metrics=accuracy_multi))
+    for dl in learn.dls.loaders: dl.dataset = [(x, torch.eye(3)[y]) for x, y in dl.dataset]
+    return learn
+
+@pytest.mark.parametrize('loss_func', [BCEWithLogitsLossFlat(), nn.BCEWithLogitsLoss(),
+                                       F.binary_cross_entropy_with_logits])
+def test_several_labels(loss_func):
+    learn = several_labels(loss_func)
+    table = find(learn, lr=0.).table
+    with learn.no_bar(): assert_close(table.end[0], learn.validate()[0], rtol=1e-4, atol=0)
+    with pytest.raises(ValueError, match=r'score=lambda'): find(learn, score=mistakes)
+    table = find(learn, lr=0., score=lambda z, y: ((z > 0) != y).float().mean(1)).table
+    with learn.no_bar(): assert_close(1 - table.end[0], learn.validate()[1], rtol=1e-4, atol=0)
+
+def share(pred, targ): return (pred.argmax(1) == targ).float().mean()
+
+class Watch(Callback):
+    "Reads what the Recorder wrote, as callbacks of one's own do."
+    order = 60
+    def before_fit(self): self.read = 0
+    def after_epoch(self): self.read += len(self.recorder.values[-1])
+
+def test_metrics_and_callbacks_of_ones_own():
+    learn = fit(learner(Watch(), EarlyStoppingCallback(patience=1), metrics=[share, F1Score(average='macro')]))
+    before, read = state(learn), learn.watch.read
+    found = find(learn, n=6)  # whole epochs too
+    same(state(learn), before)
+    assert learn.watch.read == read and np.isfinite(found.table.values).all()
+
 def test_it_is_a_function_too():
     a, b = find(learner()), lam_find(learner(), SpectReg, [1, .1, .01], 2, orders=1, show_plot=False)
     assert a.table.equals(b.table)
@@ -322,7 +399,9 @@ def test_a_learner_that_has_the_penalty():
         find(learner(SpectReg(.3)))
 
 def test_a_learner_without_validation_points():
-    with pytest.raises(ValueError, match='no validation points'): find(learner(n_valid=0))
+    for learn in learner(n_valid=0), learner():
+        learn.dls.loaders[1:] = [None]*(len(learn.dls.loaders) - 1)
+        with pytest.raises(ValueError, match='no validation points'): find(learn)
 
 def test_a_learner_without_a_whole_batch():
     learn = learner()
