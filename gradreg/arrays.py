@@ -44,8 +44,7 @@ def _need(ok, where, fault):
 
 def _need_keys(d, where):
     "Training images and labels are there; those of a test part both or neither"
-    keys = Arrays._fields[:4 if 'x_test' in d or 'y_test' in d else 2]
-    missing = [k for k in keys if k not in d]
+    missing = [k for k in Arrays._fields[:4 if 'x_test' in d or 'y_test' in d else 2] if k not in d]
     _need(not missing, where, f'lacks {", ".join(missing)}, holds {", ".join(map(str, d)) or "nothing"}')
 
 def _check_part(x, y, part, where):
@@ -344,6 +343,7 @@ def as_arrays(
     d, parts = {}, dict(zip(('train', 'test'), data if isinstance(data, tuple) else (data,)))
     for part,ds in parts.items():
         x, y = zip(*((_pixels(im), label) for im,label in (ds[i] for i in range(len(ds)))))
+        if len({o.shape for o in x}) > 1: raise ValueError(f'{part}: give all images one size, as Resize((64, 64)) does')
         d.update({f'x_{part}': np.stack(x), f'y_{part}': np.asarray(y)})
     names = [list(o.classes) for o in parts.values() if hasattr(o, 'classes')] or [None]
     if names[0] != names[-1]: raise ValueError(f'training and test set have other classes: {shown(names, 200)}')
