@@ -180,7 +180,7 @@ TORCHRUN = '-m torch.distributed.run --standalone --nproc-per-node=2'.split()
 def run(*args):
     path = os.pathsep.join([str(root), str(root/'tests'), str(folder)])
     env = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path}
-    done = subprocess.run([sys.executable, '-W', 'ignore', *args], env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, '-W', 'ignore', *args], env=env, capture_output=True, text=True, timeout=3e3)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
