@@ -1,11 +1,13 @@
-"A penalty, a network and a data set of one's own, added in a folder of one's own: nothing in the package is touched."
+"One's own penalty, network, data set, optimizer, probe and backend, in a folder of one's own: no file here is touched."
 import subprocess, sys
+from dataclasses import replace
 from textwrap import dedent
 
 import numpy as np
 import pytest
 
 from gradreg.cli import main
+from gradreg.runs import BACKENDS, OPTIMIZERS, PROBES
 from gradreg.study import Run, grid, load_rows, readable, run_all, tune
 from samples import arrays
 
@@ -48,6 +50,18 @@ FILES = {'my_reg.py': '''
         dls.c, dls.test = 1, dls.valid.new(part(100))
         dls.task = Task('torch.nn:L1Loss', 'my_data:error', metric='error', more=False, unit=' rad', scale=1)
         return dls
+    ''', 'my_tables.py': '''
+    import torch
+
+    def plain(params, lr): return torch.optim.SGD(params, lr=lr)
+
+    def last(y): return torch.eye(y.shape[1])[-1].expand_as(y)
+
+    seen = []
+    def in_turn(todo, jobs, device, work):
+        for r in todo:
+            seen.append(r)
+            yield r, work(r, device)
     '''}
 IMAGES = Run(data='mine', model='my_nets:small', penalty='my_reg:GapReg', n_train=40, n_valid=20, bs=10, iters=8)
 ANGLES = Run(data='my_data:loaders', model='my_nets:Wide', n_train=60, n_valid=40, bs=20, iters=30, lr=.01)
@@ -122,6 +136,16 @@ def test_what_ones_own_lacks_is_one_error(folder, change, words):
 def test_a_layer_of_ones_own(folder):
     df = run_all(grid(IMAGES, spect_reg=.1, at=['', '2'], seed=0), 'rows.csv', jobs=1)
     assert df.status.eq('ok').all() and df.spect_reg_end.nunique() == 2 and df['at'].tolist() == ['', '2']
+
+
+def test_a_line_in_a_table(folder, monkeypatch):
+    "An optimizer, a probe and a backend; such a line is known to this process alone, so that all runs are here"
+    for table, name in (OPTIMIZERS, 'plain'), (PROBES, 'last'), (BACKENDS, 'in_turn'):
+        monkeypatch.setitem(table, name, f'my_tables:{name}')
+    runs = grid(replace(IMAGES, penalty='', spect_reg=.1), opt=['sgd', 'plain'], probe=['gaussian', 'last'])
+    df = run_all(runs, 'rows.csv', jobs=1, backend='in_turn')
+    assert df.status.eq('ok').all() and df.weight_norm.nunique() == df.spect_reg_end.nunique() == 4
+    assert sys.modules['my_tables'].seen[-4:] == runs
 
 
 def test_the_cells_of_a_study_of_ones_own(folder):
