@@ -3,8 +3,8 @@
 import re
 import pandas as pd
 from fastcore.basics import camel2snake
-from gradreg import relative_callbacks
-from gradreg.claims import all_claims, claim, told
+from gradreg import callbacks, relative_callbacks
+from gradreg.claims import SETTINGS, all_claims, claim, gained, told, wording
 from gradreg.notebooks import studies
 from gradreg.rows import load_rows
 from gradreg.runs import REGULARIZERS
@@ -17,27 +17,31 @@ subjects = {
     'spect_reg': 'SpectReg',
     'confidence_penalty': 'the confidence penalty',
 }
-facts = {  # what no run has to tell: what is penalised, whether labels are needed
-    'double_back': ('the gradient of the loss', 'yes'),
-    'jac_reg': ('the Jacobian of the probabilities', 'no'),
-    'frob_reg': ('the Jacobian of the logits', 'no'),
-    'spect_reg': ('one random projection of the Jacobian of the logits', 'no'),
-    'confidence_penalty': ('the negative entropy of the probabilities', 'no'),
+facts = {  # what no run has to tell: what is penalised, whether labels are needed, what it is good for
+    'double_back': ('the gradient of the loss', 'yes', 'labels, and a strength that you can tune'),
+    'jac_reg': ('the Jacobian of the probabilities', 'no', 'few classes, and probabilities that should hold still'),
+    'frob_reg': ('the Jacobian of the logits', 'no', 'few classes; a yardstick for SpectReg'),
+    'spect_reg': ('one random projection of the Jacobian of the logits', 'no',
+                  'a strength you cannot tune well, many classes, outputs that are no classes, no labels'),
+    'confidence_penalty': ('the negative entropy of the probabilities', 'no',
+                           'accuracy alone, at no cost: not where probabilities or robustness count'),
 }
 
-def study(name):
+def study(name, text=''):
     "The notebook of a study, as the pages of `docs` link it."
-    found = studies().get(name)
-    return f'[{name.replace("_", " ")}](../studies/{found.name})' if found else name
+    found,text = studies().get(name),text or name.replace('_', ' ')
+    return f'[{text}](../studies/{found.name})' if found else text
+
+def cited(o):
+    "A claim, linked to its study, and its place in the paper."
+    text,bracket,where = wording(o.claim).replace('|', '/').partition(' (')
+    return study(o.study, text) + bracket + where
 
 def table(found, up='../'):
     "Claims as Markdown, the verdict first."
     if found.empty: return '*No run has asked this yet.*'
-    lines = [
-        f'| {o.verdict} | {o.claim.replace("|", "/")} | {told(o)} | {o.n:g} | {study(o.study).replace("../", up)} |'
-        for o in found.itertuples()
-    ]
-    return '\n'.join(['| verdict | claim | effect, 95 % interval | n | study |', '|---|---|---|--:|---|', *lines])
+    lines = [f'| {o.verdict} | {cited(o).replace("../", up)} | {told(o)} | {o.n:g} |' for o in found.itertuples()]
+    return '\n'.join(['| verdict | claim | effect, 95 % interval | n |', '|---|---|---|--:|', *lines])
 
 def about(found, column):
     "The claims whose subject is this regularizer."
@@ -56,14 +60,11 @@ def helps(column, results):
         ]
     )
 
-def in_short(found, cost, start):
-    "The first lines of a card: what it gained, beside no penalty, what it costs and where to start."
-    gains = found[found.claim.str.contains(r'^[^:]*: .*raises accuracy')]
-    gains = gains.sort_values('n', ascending=False, kind='stable')
-    gains = gains.groupby(gains.claim.str.replace(':.*', '', regex=True), sort=False).head(1).head(2)
-    told_of = [f'{told(o)} on {o.claim.partition(":")[0]} (n = {o.n:g}, {o.verdict})' for o in gains.itertuples()]
+def in_short(gains, cost, start):
+    "The first lines of a card: what it gained over no penalty, by setting, what it costs and where to start."
+    gains = [f'{told(o)} on {o.setting} (n = {o.n:g}, {o.verdict})' for o in gains.itertuples()]
     lines = [
-        f'**Gain** over no penalty: {", ".join(told_of) or "not measured"}. [More](#does-it-help)',
+        f'**Gain** over no penalty: {", ".join(gains) or "not measured"}. [More](#does-it-help)',
         f'**Cost:** {cost} [More](#cost)',
         f'**Start** at {start}. [More](#suggested-strengths)' if start else '[Where to start](#suggested-strengths)',
     ]
@@ -79,12 +80,39 @@ questions = {
     'tolerance': r'(?:tenth|times|twice)\b.*strength|a log of the error',
 }
 
-def compared(cost, start):
-    "What each penalises, needs and costs, and where to start; `cost`: column -> sentence, `start`: column -> strength."
-    def named(c): return f'[{subjects[c][0].upper() + subjects[c][1:]}](regularizers/{c}.md)'
-    head = ['regularizer', 'a training step, in plain ones', 'start at', 'needs labels', 'penalises']
-    rows = [[named(c), bold(cost(c)), start(c), labels, what] for c,(what,labels) in facts.items()]
-    return '\n'.join(f'| {" | ".join(o)} |' for o in [head, ['---']*5, *rows])
+def named(column): return f'[{REGULARIZERS[column].rpartition(":")[2]}](regularizers/{column}.md)'
+
+def grid(head, *rows): return '\n'.join(f'| {" | ".join(o)} |' for o in [head, ['---']*len(head), *rows])
+
+def compared(results, cost, start):
+    "What each gained, costs and needs, and where to start; `cost`: column -> sentence, `start`: column -> strength."
+    gains = {(o.method, o.setting): o for o in gained(tested(results)).itertuples()}
+    def gain(c, setting):
+        o = gains.get((REGULARIZERS[c].rpartition(':')[2], setting))
+        return study(o.study, told(o).removesuffix(' points')).replace('../', '') if o else ''
+    def time(c): return bold(cost(c)).removesuffix(' times')
+    rows = [[named(c), *(gain(c, o) for o in SETTINGS.values()), time(c), start(c), labels]
+            for c,(_,labels,_) in facts.items()]
+    return grid(['points gained on', *SETTINGS.values(), 'step time', 'start at', 'needs labels'], *rows)
+
+def described():
+    "What each penalises, by how many backward passes in the input for C classes, and what it is good for."
+    def passes(c):
+        two,three = (getattr(callbacks, REGULARIZERS[c].rpartition(':')[2]).passes(n) for n in (2, 3))
+        return {(0, 0): '0', (1, 1): '1', (2, 3): 'C', (1, 2): 'C - 1'}[two, three]
+    rows = [[named(c), when, what, passes(c)] for c,(what,_,when) in facts.items()]
+    return grid(['regularizer', 'take it for', 'it penalises', 'backward passes'], *rows)
+
+def costs(results, networks):
+    "Time of a step in plain ones, in PyTorch and with `fast_double_backward`, and memory, by network and device."
+    bench = load_rows(results/'bench.csv').query('every == 1 and not captured')
+    where = list(dict.fromkeys(zip(bench.network, bench.device)))
+    rows = {(o.penalty, o.network, o.device, o.fast): o for o in bench.itertuples()}
+    def cells(c, w):
+        slow,fast = (rows.get((c, *w, o)) for o in (False, True))
+        return [f'{o:.1f}' if o else '' for o in (slow and slow.ratio, fast and fast.ratio, slow and slow.memory_ratio)]
+    head = [f'{networks[n]}, {device}: {o}' for n,device in where for o in ('time', 'time, fast', 'memory')]
+    return grid(['regularizer', *head], *([named(c), *(o for w in where for o in cells(c, w))] for c in facts))
 
 # ---------------------------------------------------------------- the relatives
 
@@ -155,26 +183,26 @@ def relative_answers(results):
             card = f'[{title}](regularizers/{column}.md)'
             rows.append([card, told(gain), told(rival), f'{gain.n}', bold(cost), best])
         counted = f'a training step counts as {bold(cost)}, by its backward passes.'
-        yield f'short_{column}',in_short(found, counted, best)
+        alone = found[:1].assign(setting=SETTINGS['digits'])
+        yield f'short_{column}',in_short(alone, counted, best)
         yield f'helps_{column}',table(found)
         yield f'strengths_{column}',relative_strengths(runs)
         yield f'cost_{column}',cost
     yield 'relatives','\n'.join(f'| {" | ".join(o)} |' for o in rows)
 
-def all_answers(results, cost, start):
+def all_answers(results, cost, start, networks):
     "Everything that a page may name in double braces on a line of its own."
-    claims = tested(results)
+    alone = gained(tested(results))
     found = {f'helps_{c}': helps(c, results) for c in subjects}
-    short = {
-        f'short_{c}': in_short(
-            about(claims, c), f'a training step takes {bold(cost(c))} as long as a plain one.', start(c)
-        )
-        for c in subjects
-    }
+    def short(c):
+        mine = alone[alone.method == REGULARIZERS[c].rpartition(':')[2]]
+        return in_short(mine, f'a training step takes {bold(cost(c))} as long as a plain one.', start(c))
     return {
         **found,
-        **short,
+        **{f'short_{c}': short(c) for c in subjects},
         **dict(relative_answers(results)),
         **{f'claims_{k}': among(o)(results) for k, o in questions.items()},
-        'compared': compared(cost, start),
+        'compared': compared(results, cost, start),
+        'described': described(),
+        'costs': costs(results, networks),
     }

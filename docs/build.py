@@ -10,6 +10,8 @@ here = Path(__file__).resolve().parent
 root = here.parent
 sys.path.insert(0, str(here))
 import answers, reference, tables
+from gradreg.claims import all_claims, place
+from gradreg.notebooks import study_name
 from gradreg.runs import REGULARIZERS
 from make_readme import directives
 from reference import cfg, github
@@ -78,13 +80,18 @@ def prose(output):
     "What a study prints is text of its page."
     said = sentences(''.join(output.text)) if output.get('name') == 'stdout' else []
     if not said: return output
-    page = ''.join(f'<p>{escape(o)}</p>' for o in said)
+    page = unbroken(''.join(f'<p>{escape(o)}</p>' for o in said))
     return nbformat.v4.new_output('display_data', {'text/html': f'<div class="said">{page}</div>'})
 
 def is_wide(output):
-    "Is it a figure whose letters could not be read at the width of a phone?"
-    width = re.search(r'<svg[^>]*? width="([\d.]+)pt"', ''.join(output.get('data', {}).get('image/svg+xml', '')))
-    return bool(width) and float(width[1]) > 520
+    "Is it a figure whose smallest letters would have less than 7 pixels on a phone, whose column has 358?"
+    svg = ''.join(output.get('data', {}).get('image/svg+xml', ''))
+    letters = [100*float(o) for o in re.findall(r'scale\((0?\.\d+) -', svg)]  # a glyph of matplotlib has 100 units
+    return bool(letters) and min(letters)*358/float(re.search(r'<svg[^>]*? width="([\d.]+)pt"', svg)[1]) < 7
+
+def unbroken(text):
+    "No line ends between a number and its interval."
+    return text.replace(' ± ', '\u00a0±\u00a0').replace('(n = ', '(n\u00a0=\u00a0').replace('× ', '×\u00a0')
 
 def shown(cell, alt, study):
     "A code cell as the reader sees it: no directives, each image with a text."
@@ -92,8 +99,8 @@ def shown(cell, alt, study):
     cell.source = re.sub(r'^#\s*\|.*\n?', '', cell.source, flags=re.M).strip('\n')
     cell.outputs = [prose(o) if study else o for o in cell.outputs if visible(o)]
     for o in cell.outputs:
-        if 'text/html' in o.get('data', {}):
-            o.data['text/html'] = ''.join(o.data['text/html']).replace('class="fastprogress"', 'class="dataframe"')
+        for k in {'text/html', 'text/markdown'} & {*o.get('data', {})}:
+            o.data[k] = unbroken(''.join(o.data[k]).replace('class="fastprogress"', 'class="dataframe"'))
     folds = {
         'remove-input': flags.get('echo') == 'false' or not cell.source,
         'hide-input': flags.get('code-fold') == 'true',
@@ -119,6 +126,13 @@ def sentence(path):
     first = nbformat.read(root/'nbs'/path, 4).cells[0].source
     return ' '.join(re.findall(r'^> ?(.*)', first, re.M))
 
+def beside(study, results):
+    "Links from a study to all claims, and to its own among them."
+    claims = all_claims(results)
+    places = sorted({*map(place, claims[claims.study == study].claim)}, key=lambda o: (not o.startswith('Table'), o))
+    own = ', '.join(f'<a href="index.html#{re.sub(r"[^a-z0-9]+", "-", o.lower())}">{o}</a>' for o in places)
+    return '[All claims](index.ipynb)' + f', those of {own}' * bool(own)
+
 def page(path, results):
     "The processed notebook as MyST-NB takes it, its title and its one sentence."
     nb = nbformat.read(root/'_proc'/path, 4)
@@ -133,7 +147,7 @@ def page(path, results):
         elif c.cell_type == 'code': c = shown(c, f'Figure in {title}, {heading}. {said}'.strip(), study)
         cells.append(c)
     links = [
-        '[All claims](index.ipynb)' * study,
+        beside(study_name(path), results) * study,
         f'[Open in Colab]({colab}{name})',
         f'JupyterLab: `make lab`, then `{name}`',
     ]
@@ -200,7 +214,7 @@ def stage(src, results):
     written['changelog'] = (root/'CHANGELOG.md').read_text(encoding='utf-8')
     values = {
         **tables.all_tables(results),
-        **answers.all_answers(results, lambda c: tables.cost(c, results), tables.start),
+        **answers.all_answers(results, lambda c: tables.cost(c, results), tables.start, tables.networks),
         'slider': tables.slider(results),
     }
     if not values['slider']:
@@ -215,7 +229,7 @@ def stage(src, results):
     for name,text in written.items():
         (src/name).parent.mkdir(parents=True, exist_ok=True)
         (src / f'{name}.md').write_text(
-            re.sub(r'^\{\{ *(\w+) *\}\}', lambda m: values[m[1]], text, flags=re.M), encoding='utf-8'
+            re.sub(r'^\{\{ *(\w+) *\}\}', lambda m: unbroken(values[m[1]]), text, flags=re.M), encoding='utf-8'
         )
 
 def main():

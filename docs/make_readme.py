@@ -1,10 +1,10 @@
 "README.md from nbs/index.ipynb: what a reader of the notebook sees, with figures as files in docs/images."
-import base64, json, re
+import json, re
 from pathlib import Path
 from posixpath import normpath
+from gradreg.notebooks import FIGURES
 
 root = Path(__file__).resolve().parents[1]
-figures = {'image/svg+xml': ('svg', str.encode), 'image/png': ('png', base64.b64decode)}
 note = '<!-- made from nbs/index.ipynb by `make export` -->'
 
 def directives(source):
@@ -26,8 +26,8 @@ def outputs(cell, alt, images):
     "Markdown of a cell's stored outputs; figures go to `images` under their file names."
     for o in cell['outputs']:
         data = o.get('data', {})
-        if kind := next((k for k in figures if k in data), None):
-            ending,content = figures[kind]
+        if kind := next((k for k in FIGURES if k in data), None):
+            ending,content = FIGURES[kind]
             name = f'readme-{len(images) + 1}.{ending}'
             images[name] = content(''.join(data[kind]))
             yield f'![{alt}](docs/images/{name})'

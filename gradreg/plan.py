@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASES', 'AUTHORS', 'DIRECTIONS', 'LENGTHS', 'DECADES', 'FIFTY', 'TINY', 'FIFTY_NETS', 'arms', 'authors', 'sweep',
            'tuned', 'Step', 'directions', 'lengths', 'fifty', 'chosen_fifty', 'tiny_base', 'tiny_sweep', 'plan',
-           'trained', 'pace', 'seconds', 'todo', 'missing', 'fitting', 'work']
+           'trained', 'pace', 'seconds', 'todo', 'missing', 'waiting', 'fitting', 'work']
 
 # %% ../nbs/25_plan.ipynb #232caefc
 import argparse, math, time
@@ -220,6 +220,14 @@ def missing(
     need = [dict(study=s.study, runs=1, minutes=seconds(r, known or {})/60) for s,r in todo()]
     need = pd.DataFrame(need, columns=['study', 'runs', 'minutes']).groupby('study', sort=False)
     return need.agg(runs=('runs', 'sum'), minutes=('minutes', lambda o: o.sum(skipna=False)))
+
+# %% ../nbs/25_plan.ipynb #cfea3332
+def waiting(
+    study:str # its name
+)->str: # '' where nothing is missing
+    "What a study of the plan still needs, for the lines that it opens with."
+    need = [seconds(r, {})/60 for _,r in todo([s for s in plan() if s.study == study])]
+    return f"Still to be run: {len(need)} trainings, about {sum(need):.0f} minutes of one GPU." if need else ''
 
 # %% ../nbs/25_plan.ipynb #1ec5a9a3
 def fitting(

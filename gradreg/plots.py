@@ -43,7 +43,7 @@ def blank(
     ax:Axes # where nothing can be drawn yet
 )->Axes:
     "A figure without runs says so."
-    ax.text(.5, .5, 'no rows yet', ha='center', va='center', color='.5', transform=ax.transAxes)
+    ax.text(.5, .5, 'not run yet', ha='center', va='center', color='.5', transform=ax.transAxes)
     ax.set(xticks=[], yticks=[])
     return ax
 
@@ -89,10 +89,11 @@ def plot_slopes(
     "Mean Frobenius norm of the logits' Jacobian per group, on and off the training points, with 95 % intervals."
     long = df.rename(columns=POINTS).melt(by, list(POINTS.values()), 'points', 'norm')
     sns.pointplot(long, x='norm', y=by, hue='points', errorbar=t_interval, linestyle='none', dodge=.5,
-                  markers=['o', 's', 'D', '^'], markersize=5, err_kws=dict(linewidth=1), ax=ax)
+                  palette=['.1', '.35', '.55', '.7'], markers=['o', 's', 'D', '^'], markersize=5,
+                  err_kws=dict(linewidth=1), ax=ax)
     ax.set(xscale='log', xlabel='mean $\\|J_g\\|_F$', ylabel='')
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter('{x:g}')
     ax.xaxis.set_minor_formatter('')
-    ax.legend(title='', fontsize=7)
+    ax.legend(title='', fontsize=9)
     return ax

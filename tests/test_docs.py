@@ -168,17 +168,25 @@ def test_a_card_shows_the_claims_of_its_regularizer(tmp_path):
         answers.helps('spect_reg', results).splitlines()[2:],
         answers.helps('double_back', results).splitlines()[2:],
     )
+    study = '(../studies/30_digits.ipynb)'
     assert mine == [
-        (
-            '| confirmed | digits: SpectReg raises accuracy (abstract) | +3.13 ± 1.23 points | 6 |'
-            ' [digits](../studies/30_digits.ipynb) |'
-        ),
-        (
-            '| confirmed | SIN: SpectReg lowers the log of the test error (Table 8) | × 0.50 (0.45 to 0.55) | 10 |'
-            ' [digits](../studies/30_digits.ipynb) |'
-        ),
+        f'| confirmed | [digits: SpectReg raises accuracy]{study} (abstract) | +3.13 ± 1.23 points | 6 |',
+        f'| confirmed | [SIN: SpectReg lowers the test error]{study} (Table 8) | × 0.50 (0.45 to 0.55) | 10 |',
     ]
     assert len(other) == 1 and 'contradicted' in other[0]
+
+def test_the_page_that_compares_says_what_the_claims_and_the_benchmark_say(tmp_path):
+    bench = [('lenet5', 'here', 1, m, False, fast, x, 2 * x) for fast in (False, True) for m, x in
+             (('none', 1.), ('spect_reg', 2. + fast), ('frob_reg', 9.))]
+    columns = ['network', 'device', 'every', 'penalty', 'captured', 'fast', 'ratio', 'memory_ratio']
+    pd.DataFrame(bench, columns=columns).to_csv(tmp_path/'bench.csv', index=False)
+    results = said(tmp_path, ('MNIST: SpectReg raises accuracy with weight decay (Table 1)', 6, 0.3, 0.1, 'confirmed'),
+                   ('MNIST: SpectReg raises accuracy without weight decay (Table 1)', 6, 0.7, 0.1, 'confirmed'))
+    row = lambda text: next(o for o in text.splitlines() if o.startswith('| [SpectReg]')).split(' | ')
+    gains = row(answers.compared(results, lambda c: f'{c} costs **3 plain steps**', lambda c: '0.03'))
+    assert gains[1:] == ['', '[+0.30 ± 0.10](studies/30_digits.ipynb)', '', '3 plain steps', '0.03', 'no |']
+    assert row(answers.costs(results, {'lenet5': 'LeNet-5'}))[1:] == ['2.0', '3.0', '4.0 |']
+    assert [o.split(' | ')[-1] for o in answers.described().splitlines()[2:]] == ['1 |', 'C - 1 |', 'C |', '1 |', '0 |']
 
 def test_what_no_run_has_asked_says_so(tmp_path):
     assert answers.helps('frob_reg', tmp_path) == '*No run has asked this yet.*'

@@ -38,6 +38,8 @@ def site(tmp_path_factory):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return tmp/'html'
 
+def read_page(path): return path.read_text(encoding='utf-8')
+
 class Refs(HTMLParser):
     "Ids of a page, what it links, what it loads, and images without a text."
     def __init__(self, path):
@@ -267,6 +269,40 @@ def test_answers_come_first(tab, page, size, scheme):
     assert all(0 <= o['y'] and o['y'] + o['height'] <= height for o in whole), whole
     assert 0 <= last['y'] and last['y'] + last['height'] / 2 <= height, last
 
+opening = """() => ['.said', 'div.cell_output img'].map(o => document.querySelector(o).getBoundingClientRect())
+  .map(o => [o.top, o.bottom])"""
+
+def test_each_study_opens_with_its_answer_and_a_picture(tab, site):
+    late = []
+    for p in sorted((site/'studies').glob('[0-9]*.html')):
+        tab.goto(f'studies/{p.name}')
+        for name,size in sizes.items():
+            tab.set_viewport_size(size)
+            (_,answered),(drawn,_) = tab.evaluate(opening)
+            if not answered <= drawn + 1 <= size['height']: late.append((p.name, name, answered, drawn))
+    assert not late
+
+def test_claims_and_studies_link_to_each_other(tab, site, pages):
+    tab.goto('studies/index.html')
+    rows = tab.locator('div.cell_output tr:has(td:nth-child(4):last-child):has(td:first-child + td a)')
+    found = set(rows.locator('td:nth-child(2) a').evaluate_all('all => all.map(o => o.getAttribute("href"))'))
+    known = pd.concat(pd.read_csv(o) for o in (root/'nbs/studies/results').glob('claims_*.csv'))
+    assert rows.count() == len(known) and len(found) == len([*(root/'nbs/studies/results').glob('claims_*.csv')])
+    assert not [o for o in found if not any(a.startswith('index.html#') for a in pages[site/'studies'/o].links)]
+
+def test_letters_of_figures_can_be_read_on_a_phone(tab, site, pages):
+    small = []
+    for p in pages:
+        for wide,image in re.findall(r'<img[^>]*?class="(wide)?[^>]*?src="[^"]*?_images/([^"]*svg)"', read_page(p)):
+            svg = (site/'_images'/image).read_text(encoding='utf-8')
+            letters = [float(o)*100 for o in re.findall(r'scale\((0?\.\d+) -', svg)]
+            width = float(re.search(r'width="([\d.]+)pt"', svg)[1])
+            if letters and min(letters)*min(576 if wide else 358, width*4/3)/width < 6.9: small.append((p.name, image))
+    assert not small
+    tab.set_viewport_size(sizes['phone'])
+    tab.goto('studies/31_sin.html')
+    assert tab.locator('img.wide').first.bounding_box()['width'] == 576
+
 def test_the_claims_page_begins_with_six_answers(tab):
     tab.goto('studies/index.html')
     asked = tab.locator('div.cell_output ul').first.locator('li')
@@ -300,7 +336,9 @@ def test_figures_of_studies_are_vectors(site, pages):
     assert len(shown) > 20 and all(o.endswith('.svg') for o in shown), [o for o in shown if not o.endswith('.svg')]
 
 faults = """
-() => [...document.querySelectorAll('div.cell_output table')].flatMap(t => {
+() => [...document.querySelectorAll('div.cell_output pre')].filter(o => o.scrollWidth > o.clientWidth + 1)
+  .map(o => 'cut line: ' + o.innerText.slice(0, 60)).concat(
+  [...document.querySelectorAll('div.cell_output table')].flatMap(t => {
   const rows = [...t.rows].map(r => [...r.cells])
   const heads = rows.filter(r => r.every(o => o.tagName == 'TH')).at(-1) || []
   const at = heads.findIndex(o => o.innerText.trim() == 'p'), found = []
@@ -314,7 +352,7 @@ faults = """
   const counts = names.length > 1 && names.every((o, i) => o.innerText == i)
   if (counts && !heads[0]?.innerText.trim()) found.push('row numbers')
   return found
-})"""
+}))"""
 
 def test_mathematics_is_typeset(tab):
     tab.goto('01_penalties.html')

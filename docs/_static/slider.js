@@ -12,7 +12,7 @@
     const step = [.5, 1, 2, 5, 10, 20, 50].find(o => (high - low)/o < 7) || 100, frame = `frame-${svg.viewBox.baseVal.height}`
     const ticks = [`<clipPath id="${frame}"><path d="M${left} 20H${right}V${foot}H${left}Z"/></clipPath>`]
     svg.setAttribute('viewBox', `0 0 ${width} ${h}`)
-    for (let y = Math.ceil(low/step)*step; y <= high; y += step) ticks.push(`<path class="grid" d="M${left} ${py(y)}H${right}"/><text x="${left - 6}" y="${py(y) + 4}" text-anchor="end">${y}</text>`)
+    for (let y = Math.ceil((low - pad)/step)*step; y <= high + pad; y += step) ticks.push(`<path class="grid" d="M${left} ${py(y)}H${right}"/><text x="${left - 6}" y="${py(y) + 4}" text-anchor="end">${y}</text>`)
     for (let x = -1; x <= 1; x += .5) ticks.push(`<text x="${px(x)}" y="${h - 21}" text-anchor="middle">${x}</text>`)
     svg.firstElementChild.innerHTML = ticks.join('') + `<text class="name" x="${left}" y="12">${name}</text><text x="${px(0)}" y="${h - 4}" text-anchor="middle">input x</text>`
     const line = (xs, ys, cls) => {
@@ -25,7 +25,7 @@
     }
     return {line, py, g: svg.firstElementChild}
   }
-  const fitPanel = panel(top, span([...flat('fit'), ...points.y].sort((a, b) => a - b)), 'output of the network'), slopePanel = panel(below, span(flat('slope')), 'slope of the output')
+  const fitPanel = panel(top, span([...flat('fit'), ...points.y].sort((a, b) => a - b)), 'output of the network (dotted: sin 5x)'), slopePanel = panel(below, span(flat('slope')), 'slope of the output (dotted: 5 cos 5x)')
   const first = fits[0], truth = first.x.map(x => Math.sin(5*x)), truthSlope = first.x.map(x => 5*Math.cos(5*x))
   fitPanel.line(first.x, truth, 'truth'); slopePanel.line(first.x, truthSlope, 'truth')
   fitPanel.g.insertAdjacentHTML('beforeend', points.x.map((x, i) => `<circle cx="${px(x).toFixed(1)}" cy="${fitPanel.py(points.y[i]).toFixed(1)}" r="2"/>`).join(''))
