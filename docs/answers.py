@@ -3,29 +3,27 @@
 import re
 import pandas as pd
 from fastcore.basics import camel2snake
-from gradreg import callbacks, relative_callbacks
+from gradreg import relative_callbacks
 from gradreg.claims import SETTINGS, all_claims, claim, gained, told, wording
 from gradreg.notebooks import studies
 from gradreg.rows import load_rows
 from gradreg.runs import REGULARIZERS
 from gradreg.tables import compare
+from gradreg.training import resolve
 
-subjects = {
-    'double_back': 'DoubleBack',
-    'jac_reg': 'JacReg',
-    'frob_reg': 'FrobReg',
-    'spect_reg': 'SpectReg',
-    'confidence_penalty': 'the confidence penalty',
+classes = {c: resolve(path) for c,path in REGULARIZERS.items()}
+good_for = {
+    'double_back': 'labels, and a strength that you can tune',
+    'jac_reg': 'few classes, and probabilities that should hold still',
+    'frob_reg': 'few classes; a yardstick for SpectReg',
+    'spect_reg': 'a strength you cannot tune well, many classes, outputs that are no classes, no labels',
+    'confidence_penalty': 'accuracy alone, at no cost: not where probabilities or robustness count',
 }
-facts = {  # what no run has to tell: what is penalised, whether labels are needed, what it is good for
-    'double_back': ('the gradient of the loss', 'yes', 'labels, and a strength that you can tune'),
-    'jac_reg': ('the Jacobian of the probabilities', 'no', 'few classes, and probabilities that should hold still'),
-    'frob_reg': ('the Jacobian of the logits', 'no', 'few classes; a yardstick for SpectReg'),
-    'spect_reg': ('one random projection of the Jacobian of the logits', 'no',
-                  'a strength you cannot tune well, many classes, outputs that are no classes, no labels'),
-    'confidence_penalty': ('the negative entropy of the probabilities', 'no',
-                           'accuracy alone, at no cost: not where probabilities or robustness count'),
-}
+
+def penalised(cls):
+    "What a class penalises: the words of its docstring between the function's name and the source."
+    found = re.search(r'`, (.*?)(?: \(|\.?$)', cls.__doc__ or '')
+    return found[1] if found else ''
 
 def study(name, text=''):
     "The notebook of a study, as the pages of `docs` link it."
@@ -45,7 +43,8 @@ def table(found, up='../'):
 
 def about(found, column):
     "The claims whose subject is this regularizer."
-    return found[found.claim.str.contains(rf'(?:^|: ){subjects[column]}\b')]
+    names = f'{classes[column].__name__}|the {column.replace("_", " ")}'
+    return found[found.claim.str.contains(rf'(?:^|: )(?:{names})\b')]
 
 def tested(results): return all_claims(results).query('n > 0')
 
@@ -80,7 +79,7 @@ questions = {
     'tolerance': r'(?:tenth|times|twice)\b.*strength|a log of the error',
 }
 
-def named(column): return f'[{REGULARIZERS[column].rpartition(":")[2]}](regularizers/{column}.md)'
+def named(column): return f'[{classes[column].__name__}](regularizers/{column}.md)'
 
 def grid(head, *rows): return '\n'.join(f'| {" | ".join(o)} |' for o in [head, ['---']*len(head), *rows])
 
@@ -88,19 +87,19 @@ def compared(results, cost, start):
     "What each gained, costs and needs, and where to start; `cost`: column -> sentence, `start`: column -> strength."
     gains = {(o.method, o.setting): o for o in gained(tested(results)).itertuples()}
     def gain(c, setting):
-        o = gains.get((REGULARIZERS[c].rpartition(':')[2], setting))
+        o = gains.get((classes[c].__name__, setting))
         return study(o.study, told(o).removesuffix(' points')).replace('../', '') if o else ''
     def time(c): return bold(cost(c)).removesuffix(' times')
-    rows = [[named(c), *(gain(c, o) for o in SETTINGS.values()), time(c), start(c), labels]
-            for c,(_,labels,_) in facts.items()]
+    rows = [[named(c), *(gain(c, o) for o in SETTINGS.values()), time(c), start(c),
+             'yes' if cls.needs_labels else 'no'] for c,cls in classes.items()]
     return grid(['points gained on', *SETTINGS.values(), 'step time', 'start at', 'needs labels'], *rows)
 
 def described():
     "What each penalises, by how many backward passes in the input for C classes, and what it is good for."
-    def passes(c):
-        two,three = (getattr(callbacks, REGULARIZERS[c].rpartition(':')[2]).passes(n) for n in (2, 3))
-        return {(0, 0): '0', (1, 1): '1', (2, 3): 'C', (1, 2): 'C - 1'}[two, three]
-    rows = [[named(c), when, what, passes(c)] for c,(what,_,when) in facts.items()]
+    def passes(cls):
+        n = cls.passes(10)
+        return f'{n}' if n == cls.passes(100) else 'C' if n == 10 else f'C - {10 - n}' if n < 10 else f'{n} for C = 10'
+    rows = [[named(c), good_for.get(c, ''), penalised(cls), passes(cls)] for c,cls in classes.items()]
     return grid(['regularizer', 'take it for', 'it penalises', 'backward passes'], *rows)
 
 def costs(results, networks):
@@ -111,8 +110,8 @@ def costs(results, networks):
     def cells(c, w):
         slow,fast = (rows.get((c, *w, o)) for o in (False, True))
         return [f'{o:.1f}' if o else '' for o in (slow and slow.ratio, fast and fast.ratio, slow and slow.memory_ratio)]
-    head = [f'{networks[n]}, {device}: {o}' for n,device in where for o in ('time', 'time, fast', 'memory')]
-    return grid(['regularizer', *head], *([named(c), *(o for w in where for o in cells(c, w))] for c in facts))
+    head = [f'{networks.get(n, n)}, {device}: {o}' for n,device in where for o in ('time', 'time, fast', 'memory')]
+    return grid(['regularizer', *head], *([named(c), *(o for w in where for o in cells(c, w))] for c in classes))
 
 # ---------------------------------------------------------------- the relatives
 
@@ -121,7 +120,7 @@ tuning = range(3)  # the seeds whose validation points choose a strength
 relatives = {
     camel2snake(o): o
     for o in relative_callbacks.__all__
-    if isinstance(getattr(relative_callbacks, o), type)
+    if isinstance(found := getattr(relative_callbacks, o), type) and found not in classes.values()
 }
 
 def by_strength(rows, column):
@@ -193,13 +192,13 @@ def relative_answers(results):
 def all_answers(results, cost, start, networks):
     "Everything that a page may name in double braces on a line of its own."
     alone = gained(tested(results))
-    found = {f'helps_{c}': helps(c, results) for c in subjects}
+    found = {f'helps_{c}': helps(c, results) for c in classes}
     def short(c):
-        mine = alone[alone.method == REGULARIZERS[c].rpartition(':')[2]]
+        mine = alone[alone.method == classes[c].__name__]
         return in_short(mine, f'a training step takes {bold(cost(c))} as long as a plain one.', start(c))
     return {
         **found,
-        **{f'short_{c}': short(c) for c in subjects},
+        **{f'short_{c}': short(c) for c in classes},
         **dict(relative_answers(results)),
         **{f'claims_{k}': among(o)(results) for k, o in questions.items()},
         'compared': compared(results, cost, start),

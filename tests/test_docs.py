@@ -127,7 +127,7 @@ def test_a_penalty_that_nobody_timed_or_used_has_a_card(tmp_path, monkeypatch):
 
 def test_cost_is_the_benchmarks():
     bench = pd.read_csv(root/'nbs/studies/results/bench.csv')
-    for name in REGULARIZERS:
+    for name in {*REGULARIZERS} & {*bench.penalty}:
         of = lambda network: bench[(bench.network == network) & (bench.penalty == name) & (bench.every == 1)].ratio
         said = tables.cost(name, root/'nbs/studies/results')
         assert f'**{of("lenet5").iloc[0]:.1f} times**' in said and bench.device.iloc[0] in said
@@ -205,3 +205,20 @@ def test_a_result_file_puts_no_script_on_the_page(tmp_path):
     (page := Page()).feed(tables.slider(tmp_path))
     page.close()
     assert len(scripts) == 2 and json.loads(scripts[0])['fits'][0]['lam'] == evil and scripts[1] == ''
+
+# ---------------------------------------------------------------- a regularizer says itself what a page tells
+
+def test_a_page_says_what_the_docstring_penalises():
+    said = answers.described()
+    assert "| the squared gradient of each example's own loss |" in said
+    assert "| one random projection of the logits' Jacobian |" in said
+
+def test_a_regularizer_of_another_room_has_all_its_answers(monkeypatch):
+    "TwoSided as a built-in penalty: no list of the pages names it"
+    from gradreg.relative_callbacks import TwoSided
+    monkeypatch.setitem(answers.classes, 'two_sided', TwoSided)
+    assert '[TwoSided](regularizers/two_sided.md) |' in (said := answers.described())
+    assert "| the distance of the gradient's length from a target | 1 |" in said
+    found = pd.DataFrame({'claim': ['digits: TwoSided raises accuracy', 'digits: the two sided raises accuracy',
+                                    'digits: DoubleBack raises accuracy']})
+    assert len(answers.about(found, 'two_sided')) == 2
