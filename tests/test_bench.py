@@ -16,7 +16,8 @@ def test_cases(device):
     assert len(set(found)) == len(found)
     for c in found:  # each has a plain step of its own kind
         assert replace(c, penalty='none', every=1, fast=False) in found
-    assert {(c.penalty, c.every) for c in found} == {*((p, 1) for p in bench.PENALTIES), ('spect_reg', 8)}
+    names = *bench.PENALTIES, *bench.RELATIVES
+    assert {(c.penalty, c.every) for c in found} == {*((p, 1) for p in names), ('spect_reg', 8)}
     assert not any(c.penalty == 'frob_reg' and c.network == 'resnet18' for c in found)  # 200 passes
 
 @pytest.fixture
@@ -44,6 +45,9 @@ def test_every_third_step_has_the_penalty(said, monkeypatch, captured, warmup):
 def test_every_network_takes_every_way(network):
     for case in Case(network, 2, 'spect_reg', fast=True), Case(network, 2, 'double_back', precision='bf16'):
         if network != 'resnet18' or case.fast: stepper(case, cpu)()
+
+@pytest.mark.parametrize('penalty', [*bench.PENALTIES, *bench.RELATIVES])
+def test_every_penalty_makes_a_step(penalty): stepper(Case('lenet5', 2, penalty), cpu)()
 
 def test_a_row_says_what_was_found(monkeypatch):
     group = [Case('lenet5', 2), Case('lenet5', 2, 'spect_reg')]
