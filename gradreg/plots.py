@@ -26,7 +26,7 @@ def method_colors(
     "The colours of methods, and others for what stands beside them."
     spare = itertools.cycle(sns.color_palette('dark').as_hex())
     known = {o: COLORS.get(o) or COLORS.get(re.split(r',| \d', str(o))[0]) for o in names} # 'dropout, wd 0' is dropout
-    return {o: known[o] or next(spare) for o in names} if any(known.values()) else None
+    return {o: known[o] or next(spare) for o in known} if any(known.values()) else None
 
 # %% ../nbs/21_plots.ipynb #c0f1e2d3
 def set_style()->None:
