@@ -127,7 +127,7 @@ def test_claims(repo, capsys, monkeypatch):
     out = capsys.readouterr().out
     lines = out.splitlines()
     assert sorted(re.split(': |, ', lines[0])) == ['1 confirmed', '1 contradicted', '1 not run', '3 claims']
-    assert lines[-6:] == ['old', 'contradicted  B lowers the log of the error: × 0.50 (0.50 to 0.50) (n = 3)', '',
+    assert lines[-6:] == ['old', 'contradicted  B lowers the error: × 0.50 (0.50 to 0.50) (n = 3)', '',
                           'tiny', 'confirmed     A (Table 2): it raises accuracy: +0.31 ± 0.10 points (n = 10)',
                           'not run       C\\u202e is not run (n = 0)']
     assert max(map(len, lines)) <= 92
