@@ -10,6 +10,7 @@ from gradreg.rows import load_rows
 from gradreg.runs import REGULARIZERS
 from gradreg.tables import compare
 from gradreg.training import resolve
+from tables import runs_in
 
 classes = {c: resolve(path) for c,path in REGULARIZERS.items()}
 good_for = {
@@ -131,7 +132,7 @@ def runs_of(name, results):
     "A relative's runs on digits, and of those of the paper the ones that share their setting; by method."
     rows = load_rows(results/'relatives.csv').query('penalty == @name')
     if rows.empty: return {}
-    beside = load_rows(results/'digits.csv').merge(rows[setting].drop_duplicates())
+    beside = runs_in(results/'digits.csv').merge(rows[setting].drop_duplicates())
     alone = beside[beside[list(REGULARIZERS)].drop(columns='spect_reg').eq(0).all(axis=1)]
     best = by_strength(alone[alone.spect_reg > 0], 'spect_reg').idxmax()
     of = {'no penalty': alone[alone.spect_reg == 0], 'SpectReg': alone[alone.spect_reg == best]}
