@@ -46,6 +46,16 @@ def faults(importer, names):
         ):
             yield f'{importer} imports {name}: torch is enough'
 
+def named_above(path):
+    "Rooms above that a room names as text, 'gradreg.room:name', which no import shows."
+    named = re.findall(r"'gradreg\.(\w+):\w+'", path.read_text(encoding='utf-8'))
+    return {o for o in named if not chapters[o] < chapters[path.stem]}
+
+@each_module
+def test_text_points_down_too(path):
+    "But for the tables of names in `runs`, and the graph that `training` adds on a GPU: it needs callbacks alone"
+    assert named_above(path) <= {'runs': {*chapters}, 'training': {'capture'}}.get(path.stem, set())
+
 def test_every_module_has_a_chapter(): assert {p.stem for p in modules} == set(chapters)
 def test_no_cupboard(): assert not {p.stem for p in modules} & {'core', 'utils', 'common', 'all'}
 
