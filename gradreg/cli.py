@@ -155,11 +155,11 @@ def _numbers(text):
 # %% ../nbs/23_cli.ipynb #43d53738
 def _tuning(base, method, lams, seeds, results, options):
     "Finished rows, or an error that says what is missing."
-    from gradreg import study # here: slow to import
     if os.getcwd() not in sys.path: sys.path.append(os.getcwd()) # where one's own modules lie
     if not isinstance(getattr(base, str(method), None), float):
-        raise ValueError(f"--method {method}: choose {', '.join(REGULARIZERS)}, strength, wd or p_drop")
+        raise ValueError(f"--method {method}: choose {', '.join(REGULARIZERS)}, strength, wd, p_drop or lr")
     if not lams: raise ValueError('--lams: say which strengths to choose from, such as --lams .01,.03,.1')
+    from gradreg import study # here: slow to import
     rows = study.run_all(grid(base, **{method: lams}, seed=range(seeds)), results, **options)
     if rows.empty:
         raise ValueError(f'{results} holds none of these runs, and nothing was trained: call again without --jobs 0')
@@ -174,6 +174,12 @@ def _scores(rows, method, scale):
     return tables.summarize(finished, method, 'valid').rename(index='{:g}'.format).round(4)
 
 # %% ../nbs/23_cli.ipynb #43d5373a
+def _edge(rows, method, best, lams):
+    means = rows[rows.status == 'ok'].groupby(method).valid.mean()
+    alone = [*means].count(means[best]) == 1  # of strengths that tie, the smallest says nothing of larger ones
+    return ', at the edge of the list: try further ones'*(len(lams) > 1 and alone and best in (min(lams), max(lams)))
+
+# %% ../nbs/23_cli.ipynb #43d5373b
 def tune_strength(
     method:str=None,        # what to choose the strength of: spect_reg, wd or another field of `Run` that is a number
     lams:_numbers=None,     # strengths to choose from, such as .01,.03,.1
@@ -185,12 +191,12 @@ def tune_strength(
     **fields                # of `Run`
 )->None:
     "Choose a strength by the mean metric on validation points; the test set plays no part."
+    base,results = Run(**fields),expanded(results)
+    options = _options(seeds=seeds, jobs=jobs, backend=backend, device=device)
+    rows = _tuning(base, method, lams, options.pop('seeds'), results, options)
     from gradreg import study, training # here: slow to import
-    options,results = _options(seeds=seeds, jobs=jobs, backend=backend, device=device),expanded(results)
-    base = Run(**fields)
-    rows,task = _tuning(base, method, lams, options.pop('seeds'), results, options),training.task_of(base)
-    best = getattr(study.choose(base, rows, [method]), method)
-    edge = ', at the edge of the list: try further ones'*(len(lams) > 1 and best in (min(lams), max(lams)))
+    task,best = training.task_of(base),getattr(study.choose(base, rows, [method]), method)
+    edge = _edge(rows, method, best, lams)
     print(f'{base.data}, {base.model}, {base.n_train:,} training points, {base.iters:,} steps: {task.metric}'
           f"{', '*bool(task.unit)}{task.unit.strip()} on {base.n_valid:,} validation points",
           _scores(rows, method, task.scale), f'best: {method} = {best:g}{edge}\n{results}', sep='\n\n')
@@ -209,7 +215,7 @@ def _add_arguments(parser, f, but=()):
         if o.default is o.empty: parser.add_argument(o.name, help=text)
         elif o.annotation is bool: parser.add_argument(option, action='store_true', help=text)
         else:
-            text += ' (if not given: %(default)s)'*(o.default is not None)
+            text += ' (if not given: %(default)s)'*(o.default not in (None, ''))
             parser.add_argument(option, type=o.annotation, default=o.default, metavar=o.name.upper(), help=text)
 
 # %% ../nbs/23_cli.ipynb #20ff2b75

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['REGULARIZERS', 'NETWORKS', 'DATA', 'OPTIMIZERS', 'PROBES', 'PRECISIONS', 'BACKENDS', 'TASKS', 'PROTOCOL', 'Task',
-           'Run', 'grid', 'halvings', 'Settings', 'settings']
+           'resolve', 'made', 'Run', 'grid', 'halvings', 'Settings', 'settings']
 
 # %% ../nbs/12_runs.ipynb #67d19520
-import itertools, math, os, re
+import itertools, math, os, re, sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from inspect import getfile
 from numbers import Real
 
 # %% ../nbs/12_runs.ipynb #2e16251a
@@ -43,12 +45,41 @@ TASKS = {'classification': Task('torch.nn:CrossEntropyLoss', 'gradreg.measures:a
          'sin': Task('gradreg.training:HalfSumLoss', **_mse),
          'regression': Task('torch.nn:MSELoss', **_mse)}
 
+# %% ../nbs/12_runs.ipynb #2e74236a
+def resolve(
+    path:object # 'module:name', or what is meant itself
+)->object:
+    "What an import path leads to; modules of the working folder are found too."
+    if not isinstance(path, str): return path
+    module,_,name = path.partition(':')
+    if (here := os.getcwd()) not in sys.path: sys.path.append(here)
+    try: found = import_module(module)
+    except ModuleNotFoundError as e:
+        if not e.name or not f'{module}.'.startswith(f'{e.name}.'): raise  # a module that this one imports is missing
+        raise ValueError(f"{path!r}: no module {module!r} in {here} or on Python's path: start where it lies") from None
+    if not hasattr(found, name): raise ValueError(f"{path!r}: {getfile(found)} has no {name!r}")
+    return getattr(found, name)
+
+# %% ../nbs/12_runs.ipynb #2e74236b
+def made(
+    path:str,      # 'module:name' of `make`, if it is one's own
+    make:Callable, # a function or class
+    *args:object,  # its arguments
+    **kwargs:object
+)->object: # what it returns
+    "What an entry makes; an error in one's own names it."
+    try: return make(*args, **kwargs)
+    except Exception as e:
+        if ':' in path: raise ValueError(f"{path!r} failed: {type(e).__name__}: {e}") from e
+        raise
+
 # %% ../nbs/12_runs.ipynb #72544aed
 PROTOCOL = 1  # raise it when a change of `run` or of the data makes old rows incomparable
 
 _low = dict.fromkeys(('n_train', 'n_valid', 'every', 'bs', 'iters'), 1)  # the least that a field may be, 0 for others
 _path = r'(?!__main__:)[A-Za-z_][\w.]*(?<!\.py):[A-Za-z_]\w*'  # module:name, as any process can import it
-_patterns = {'data': rf'{_path}|\w[\w .+-]*', 'penalty': rf'|{_path}', 'at': r'[\w.]*'}
+_patterns = {'data': rf'{_path}|\w[\w .+-]*', 'penalty': rf'|{_path}', 'at': r'[\w.]*',
+             **dict.fromkeys(('model', 'probe', 'opt'), _path)}
 _tables = {'model': NETWORKS, 'probe': PROBES, 'opt': OPTIMIZERS, 'precision': PRECISIONS}
 
 _own = "your own as 'module:name'"
@@ -59,17 +90,14 @@ def _choice(name, module, attribute):
         return (f"'my_file:{attribute}', with {attribute} in my_file.py beside this notebook or script: "
                 "what these define themselves no other process can import")
     if module.endswith('.py'): return f"'{module.removesuffix('.py').rpartition('/')[2]}:{attribute}', without .py"
-    names = ', '.join(_tables.get(name, ()))
-    return {'model': f'{names} or {_own}', 'penalty': _own,
-            'data': f'a data set, such as mnist, NAME for your NAME.npz in GRADREG_DATA, or {_own}',
-            'at': "a layer's name, such as 'layers.0', or '' for the inputs"}.get(name, names)
+    if name == 'at': return "a layer's name, such as 'layers.0', or '' for the inputs"
+    if name == 'data': return f'a data set, such as mnist, NAME for your NAME.npz in GRADREG_DATA, or {_own}'
+    return ' or '.join([*([', '.join(_tables[name])] if name in _tables else []), *[_own]*(name in _patterns)])
 
 # %% ../nbs/12_runs.ipynb #72544aee
 def _named(name, text):
     "A name that stands in its table or is a path, or else an error that says what would be."
-    table = _tables.get(name, ())
-    own = name in _patterns or name == 'model'
-    if text in table or own and re.fullmatch(_patterns.get(name, _path), text, re.ASCII): return text
+    if text in _tables.get(name, ()) or re.fullmatch(_patterns.get(name, '(?!)'), text, re.ASCII): return text
     raise ValueError(f"{name}={text!r}: choose {_choice(name, *text.rpartition(':')[::2])}")
 
 # %% ../nbs/12_runs.ipynb #3cafdf0c
@@ -106,13 +134,13 @@ class Run:
     penalty:str=''               # a penalty of your own, 'module:name' of a subclass of GradReg
     strength:float=0.            # of `penalty`
     at:str=''                    # name of the layer whose output is penalised; '' for the network's input
-    probe:str='gaussian'         # of `spect_reg`: gaussian, sphere, rademacher
+    probe:str='gaussian'         # of `spect_reg`: gaussian, sphere, rademacher, or your own 'module:name'
     shared_probe:bool=False      # one probe for the whole batch instead of one per example
     every:int=1                  # penalties on each `every`-th batch, that much stronger
     wd:float=0.                  # L2 weight decay, `wd/2` times the squared weights, without biases and BatchNorm
     p_drop:float=0.              # dropout before the last layer, share of units dropped
     bn:bool=False                # BatchNorm before the last layer
-    opt:str='adam'               # adam, or sgd with Nesterov momentum 0.9
+    opt:str='adam'               # adam, sgd with Nesterov momentum 0.9, or your own 'module:name'
     lr:float=1e-3                # times 1, 0.1 and 0.01 from 0, 50 and 75 % of the iterations on
     bs:int=50                    # batch size
     iters:int=10_000             # training steps

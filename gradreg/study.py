@@ -6,7 +6,7 @@
 __all__ = ['cost', 'on_processes', 'on_ray', 'run_all', 'choose', 'tune', 'readable']
 
 # %% ../nbs/20_study.ipynb #d1574276
-import hashlib, itertools, os, sys, threading, time, warnings
+import hashlib, itertools, os, re, sys, threading, time, warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from concurrent.futures.process import BrokenProcessPool
@@ -19,14 +19,16 @@ import torch
 from joblib import Parallel, cpu_count, delayed, parallel_config
 from tqdm import tqdm
 from .rows import DONE, append_row, check_writable, load_rows, results, smoke_test
-from .runs import BACKENDS, DATA, REGULARIZERS, Run, grid, settings
+from .runs import (BACKENDS, DATA, NETWORKS, OPTIMIZERS, PROBES, REGULARIZERS, TASKS, Run, grid,
+                          resolve, settings)
 from .tables import compare, summarize
-from .training import penalties, rehearse, resolve, run, task_of
+from .training import penalties, rehearse, run, task_of
 try: import fcntl
 except ImportError: fcntl = None  # Windows has none
 
 # %% ../nbs/20_study.ipynb #b7d20c91
 _KEY = asdict(Run())
+_TABLES = NETWORKS, DATA, OPTIMIZERS, PROBES, TASKS
 _here_too = compare, results, summarize  # what a study needs can be imported from this room
 
 def _rows(runs, path):
@@ -50,7 +52,9 @@ def _bar(name, todo):
     return tqdm(total=sum(map(cost, todo)), desc=f'{name}: {len(todo)} runs', bar_format=form, smoothing=.1)
 
 # %% ../nbs/20_study.ipynb #5e0c94d1
-def _failed(r, e): return dict(asdict(r), status=f'{type(e).__name__}: {" ".join(str(e).split())[:300]}')
+def _failed(r, e): return dict(asdict(r), status=_cut(f'{type(e).__name__}: {" ".join(str(e).split())}'))
+
+def _cut(text, width=600): return text if len(text) <= width else re.sub(r'\s\S{0,40}$', '', text[:width]) + ' ...'
 
 def _leave_with(owner):
     while os.getppid() == owner: time.sleep(.5)
@@ -61,10 +65,11 @@ def _watch(owner):
     "This worker ends with the process that wants its rows: killed, that one cannot tell it to."
     threading.Thread(target=_leave_with, args=(owner,), daemon=True).start()
 
-def _job(r, device, work, owner=None, path=()):
-    "(Run, row) of one run, whatever happens to it; `path` is where the caller's own modules lie."
+def _job(r, device, work, owner=None, path=(), tables=()):
+    "(Run, row) of one run, whatever happens to it; `path` and `tables` are those of the caller."
     if owner not in (None, os.getpid()): _watch(owner)
     sys.path += [o for o in path if o not in sys.path]
+    for here,there in zip(_TABLES, tables): here.update(there)
     try: return r,work(r, device)
     except Exception as e: return r,_failed(r, e)
 
@@ -81,7 +86,7 @@ def on_processes(
     with parallel_config(**(dict(backend='loky', inner_max_num_threads=1) if jobs > 1 else dict(backend='sequential'))):
         # a batch of several would come back, and be lost, as one; what waits long may be trained elsewhere meanwhile
         parallel = Parallel(jobs, batch_size=1, pre_dispatch='n_jobs', return_as='generator_unordered')
-    yield from parallel(delayed(_job)(r, d, work, os.getpid(), _path()) for r,d in zip(todo, devices))
+    yield from parallel(delayed(_job)(r, d, work, os.getpid(), _path(), _TABLES) for r,d in zip(todo, devices))
 
 def _path(): return [o or os.getcwd() for o in sys.path]
 
@@ -102,7 +107,8 @@ def on_ray(
 # %% ../nbs/20_study.ipynb #a668f2d7
 def _flights(ray, job, waiting, jobs, device, work):
     flying = {}
-    def start(n): flying.update((job.remote(r, device, work, None, _path()), r) for r in itertools.islice(waiting, n))
+    def start(n):
+        flying.update((job.remote(r, device, work, None, _path(), _TABLES), r) for r in itertools.islice(waiting, n))
     try:
         start(jobs)
         while flying:
@@ -180,19 +186,27 @@ def _share(todo, path, *how):
 # %% ../nbs/20_study.ipynb #23b9e4ce
 _train_one = run  # under a name that no argument hides
 
+def _strengths(r): return {k: getattr(r, k) for k in (*REGULARIZERS, 'strength')}
+
 def _kinds(runs):
-    "One run for each kind, as short as can be."
-    def kind(r):
-        on = {k: float(getattr(r, k) > 0) for k in (*REGULARIZERS, 'strength')}
-        return replace(r, **on, p_drop=(r.p_drop > 0)/2, seed=0, lr=1e-3, wd=0, every=1, iters=1, trace=0)
-    return list(dict.fromkeys(map(kind, runs)))
+    "Of each kind of run that with the largest strengths, as short as can be."
+    def short(r): return replace(r, p_drop=(r.p_drop > 0)/2, seed=0, lr=1e-3, wd=0, every=1, iters=1, trace=0)
+    def kind(r): return replace(short(r), **{k: float(v > 0) for k,v in _strengths(r).items()})
+    return [*{kind(r): short(r) for r in sorted(runs, key=lambda r: sum(_strengths(r).values()))}.values()]
+
+# %% ../nbs/20_study.ipynb #23b9e4cf
+def _fault(r, status):
+    "What is wrong, with the names of one's own entries where an error does not say whose it is."
+    own = ', '.join(repr(o) for o in (r.data, r.model, r.penalty, r.opt, r.probe) if ':' in o)
+    if not own or status.startswith('ValueError: '): return status.removeprefix('ValueError: ')
+    return f'{own} failed: {status}'
 
 def _rehearse(runs, backend, device):
     "One error for all kinds of run that cannot work."
     kinds = _kinds(runs)
     rows = resolve(BACKENDS[backend])(kinds, 1, device, rehearse)
-    if faults := [row['status'] for _,row in rows if row['status'] not in DONE]:
-        said = '; '.join(dict.fromkeys(o.removeprefix('ValueError: ') for o in faults))
+    if faults := [_fault(r, row['status']) for r,row in rows if row['status'] not in DONE]:
+        said = '; '.join(dict.fromkeys(faults))
         raise ValueError(f"{said} (nothing was trained: {len(faults)} of {len(kinds)} kinds of run cannot work)")
 
 # %% ../nbs/20_study.ipynb #539e038c
@@ -242,21 +256,28 @@ def run_all(
     return df
 
 # %% ../nbs/20_study.ipynb #8d9fde20
+def _some(axes):
+    if axes := list(axes): return axes
+    raise ValueError('no axes: name a field to choose, with its values, such as spect_reg=[.01, .03, .1]')
+
+# %% ../nbs/20_study.ipynb #8d9fde21
 def choose(
     base:Run,        # the run to tune
     df:pd.DataFrame, # rows as `run_all` returns them, of all combinations of the axes
     axes:Iterable    # names of the fields to choose, for instance `['spect_reg']`
 )->Run: # `base` with the best values
     "The run with the best mean validation score over the seeds; the test set plays no part (paper, section 4)."
-    ok,axes = df[df.status == 'ok'],list(axes)
+    ok,axes = df[df.status == 'ok'],_some(axes)
     if ok.empty: raise ValueError(f"none of the runs over {', '.join(axes)} came to an end: "
                                   f"{'; '.join(df.status.unique()) or 'there are none'}")
     ok = ok.groupby(axes).valid.agg(['count', 'mean'])
     mean = ok['mean'][ok['count'] == ok['count'].max()]  # a strength that diverged with some seeds is no choice
     best = mean.index[mean == (mean.max() if task_of(base).more else mean.min())]
-    if len(best) > 1: warnings.warn(f"{', '.join(axes)}: {', '.join(map(str, best))} tie on the validation points; "
-                                    f"taking {best[0]}, the smallest")
-    return replace(base, **dict(zip(axes, best[0] if isinstance(best[0], tuple) else best)))
+    best = [o if isinstance(o, tuple) else (o,) for o in best]
+    tied = [', '.join(f'{k}={v}' for k,v in zip(axes, o)) for o in best]
+    if len(best) > 1:
+        warnings.warn(f"{' and '.join(tied)} tie on the validation points; taking {tied[0]}, the smallest")
+    return replace(base, **dict(zip(axes, best[0])))
 
 # %% ../nbs/20_study.ipynb #3182ed89
 def tune(
@@ -270,6 +291,7 @@ def tune(
     **axes                   # field=values to choose from, for instance `spect_reg=[.01, .03, .1]`
 )->Run: # `base` with the best values
     "`choose` among all combinations of the axes' values, after training what the result file lacks."
+    _some(axes)
     return choose(base, run_all(grid(base, **axes, seed=seeds), path, jobs, backend, device, run), axes)
 
 # %% ../nbs/20_study.ipynb #f3a8e90d

@@ -597,7 +597,8 @@ def test_tune_calls_a_tie_a_tie(repo, capsys):
         append_row('rows.csv', {**asdict(r), 'status': 'ok', 'valid': .5 + .1*(r.spect_reg < .3)}, asdict(Run()))
     assert cli.main([*TUNE, 'digits', '--seeds', '2', '--results', 'rows.csv', '--jobs', '1']) == 0
     out, err = capsys.readouterr()
-    assert 'best: spect_reg = 0.1' in out and 'spect_reg: 0.1, 0.2 tie' in one_line(err)
+    assert 'best: spect_reg = 0.1' in out and 'edge' not in out
+    assert 'spect_reg=0.1 and spect_reg=0.2 tie' in one_line(err)
 
 
 OWN = '''import torch

@@ -1,5 +1,5 @@
 "One's own penalty, network, data set, optimizer, probe and backend, in a folder of one's own: no file here is touched."
-import subprocess, sys
+import subprocess, sys, warnings
 from dataclasses import replace
 from textwrap import dedent
 
@@ -9,6 +9,7 @@ import pytest
 from gradreg.cli import main
 from gradreg.runs import BACKENDS, OPTIMIZERS, PROBES
 from gradreg.study import Run, grid, load_rows, readable, run_all, tune
+from gradreg.training import penalties
 from samples import arrays
 
 FILES = {'my_reg.py': '''
@@ -24,11 +25,36 @@ FILES = {'my_reg.py': '''
 
     class GapReg(GradReg):
         def penalty(self): return self.scaled(gap_reg, self.pred)
+
+    class Takes(GradReg):
+        takes = 'wd',
+        def __init__(self, lam, *, wd=7., every=1):
+            super().__init__(lam, every=every)
+            self.wd = wd
+        def penalty(self): return self.wd*gap_reg(self.pred, self.x)
+
+    class Wrong(Takes): takes = 'wdd',
+
+    class Alone(GapReg):
+        def __init__(self, lam): super().__init__(lam)
+    ''', 'my_opt.py': '''
+    import torch
+
+    def adamax(params, lr): return torch.optim.Adamax(params, lr=lr)
+
+    def cauchy(logits, *, generator=None): return torch.empty_like(logits).cauchy_(generator=generator)
     ''', 'my_nets.py': '''
     from torch import nn
 
     def small(n_out, bn=False):
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), *[nn.BatchNorm1d(16)]*bn, nn.Tanh(), nn.Linear(16, n_out))
+
+    def boom(n_out): raise RuntimeError('boom')
+    def three(n_out): return 3
+
+    class Loud(nn.Sequential):
+        def __init__(self, n_out): super().__init__(nn.Flatten(), nn.Linear(64, n_out))
+        def forward(self, x): return super().forward(300*x)
 
     class Wide(nn.Sequential):
         def __init__(self, n_out): super().__init__(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, n_out))
@@ -124,13 +150,52 @@ def test_the_command_tunes_ones_own_penalty(folder, capsys):
 
 @pytest.mark.parametrize('change,words', [
     (dict(p_drop=.5), "no argument 'p_drop'"), (dict(model='my_nets:large'), "my_nets.py has no 'large'"),
-    (dict(penalty='my_reg:gap_reg', strength=1), 'GradReg'), (dict(data='my_data:error'), r'error\(\)'),
-    (dict(model='my_nets:Wide'), 'mat1 and mat2'),
+    (dict(penalty='my_reg:gap_reg', strength=1), "'my_reg:gap_reg' is no subclass of GradReg"),
+    (dict(penalty='my_reg:gap_reg', strength=0), "'my_reg:gap_reg' is no subclass of GradReg"),
+    (dict(penalty='my_reg:Nothing', strength=0), "my_reg.py has no 'Nothing'"),
+    (dict(penalty='my_reg:Wrong', strength=1), "'my_reg:Wrong' failed: .*no attribute 'wdd'"),
+    (dict(penalty='my_reg:Alone', strength=1), "'my_reg:Alone' failed: .*unexpected keyword argument 'every'"),
+    (dict(data='my_data:error'), r"'my_data:error' failed: TypeError: error\(\)"),
+    (dict(model='my_nets:boom'), "'my_nets:boom' failed: RuntimeError: boom"),
+    (dict(model='my_nets:three'), "'my_nets:three': returned a int, not an nn.Module"),
+    (dict(opt='my_opt:cauchy'), "'my_opt:cauchy' failed: TypeError"), (dict(opt='my_opt:lion'), "has no 'lion'"),
+    (dict(model='my_nets:Wide'), "'my_nets:Wide', 'my_reg:GapReg' failed: RuntimeError: mat1 and mat2"),
     (dict(penalty='', at='no.layer', spect_reg=1.), 'no.layer')])
 def test_what_ones_own_lacks_is_one_error(folder, change, words):
     with pytest.raises(ValueError, match=f'{words}.*nothing was trained'):
         run_all(grid(IMAGES, **change, seed=range(3)), 'rows.csv', jobs=1)
     assert not (folder/'rows.csv').exists()
+
+
+def test_what_a_class_takes_of_a_run_it_gets(folder):
+    own, = penalties(replace(IMAGES, penalty='my_reg:Takes', strength=.1, wd=.5, every=3))
+    assert (own.wd, own.every, own.lam) == (.5, 3, .1)
+
+
+def test_an_optimizer_and_a_probe_of_ones_own(folder):
+    "By path or, where one has given them a name, by that; in this process and in others"
+    mine = replace(IMAGES, penalty='', spect_reg=.1, opt='my_opt:adamax', probe='my_opt:cauchy')
+    (folder/'study.py').write_text(dedent(f'''
+        from gradreg import runs
+        from gradreg.study import Run, grid, run_all
+        runs.OPTIMIZERS['mine'], runs.PROBES['heavy'] = 'my_opt:adamax', 'my_opt:cauchy'
+        if __name__ == '__main__':
+            named = grid({mine}, opt='mine', probe='heavy', seed=range(2))
+            df = run_all(grid({mine}, seed=range(2)) + named, 'rows.csv', jobs=2)
+            print(df.status.tolist(), df.weight_norm.nunique())'''))
+    assert python('study.py').strip() == "['ok', 'ok', 'ok', 'ok'] 2"
+    adam = run_all([replace(mine, opt='adam')], 'adam.csv', jobs=1)
+    assert load_rows('rows.csv').weight_norm[0] != adam.weight_norm[0]
+
+
+def test_the_rehearsal_warns_of_no_strength_that_nobody_asked_for(folder):
+    "The penalty of the first batch is hundreds of times the loss, but lam times it is not"
+    loud = replace(IMAGES, penalty='', model='my_nets:Loud')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert run_all(grid(loud, spect_reg=[1e-9, 1e-8]), 'rows.csv', jobs=1).status.eq('ok').all()
+    with pytest.warns(UserWarning, match='spect_reg: lam.penalty .* times the loss. Start from lam='):
+        run_all(grid(loud, spect_reg=[1e-7, 1.]), 'rows.csv', jobs=1)
 
 
 def test_a_layer_of_ones_own(folder):

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from gradreg.runs import (BACKENDS, DATA, NETWORKS, OPTIMIZERS, PRECISIONS, PROBES, REGULARIZERS, TASKS, Run, Settings,
-                          Task, grid, settings)
-from gradreg.training import resolve
+                          Task, grid, resolve, settings)
 from samples import DIGITS
 
 NUMBERS = [f.name for f in fields(Run) if type(f.default) in (int, float)]
@@ -76,18 +75,18 @@ def test_a_name_is_in_a_table_or_a_path_or_refused(field, text):
         return
     tables = dict(model=NETWORKS, probe=PROBES, opt=OPTIMIZERS, precision=PRECISIONS)
     assert getattr(r, field) == text and text.isascii() and text.isprintable() and not set('/\\"\'<>$') & set(text)
-    assert field not in tables or text in tables[field] or field == 'model' and ':' in text
+    assert field not in tables or text in tables[field] or field != 'precision' and ':' in text
 
 
 @pytest.mark.parametrize('field,value', [
-    ('opt', 'lion'), ('opt', 'my:Lion'), ('probe', 'cauchy'), ('model', 'vgg'), ('model', 'my.nets'),
+    ('opt', 'lion'), ('opt', 'my Lion'), ('probe', 'cauchy'), ('model', 'vgg'), ('model', 'my.nets'),
     ('model', 'a:b:c'), ('model', ':small'), ('model', '../nets:small'), ('penalty', 'GapReg'), ('precision', 'fp16'),
     ('data', ''), ('data', '.x'), ('data', 'a/b'), ('data', 'a\nb'), ('at', 'a b'), ('at', '0;1')])
 def test_bad_names(field, value):
     with pytest.raises(ValueError, match=rf'^{field}=.*choose'): Run(**{field: value})
 
 
-@pytest.mark.parametrize('field', ['data', 'model', 'penalty'])
+@pytest.mark.parametrize('field', ['data', 'model', 'penalty', 'probe', 'opt'])
 @pytest.mark.parametrize('text,way', [
     ('__main__:Mine', "choose 'my_file:Mine', with Mine in my_file.py"), ('my_nets.py:small', "choose 'my_nets:small'"),
     ('./my_nets.py:small', "choose 'my_nets:small'")])
@@ -100,10 +99,10 @@ def test_a_path_that_no_other_process_can_import(field, text, way):
     ('at', 'a-b', "a layer's name"), ('data', '', 'a data set, such as mnist'),
     ('data', '../mine.npz', '.*GRADREG_DATA'),
     ('model', 'vgg', "lenet5, .*or your own as 'module:name'"), ('penalty', 'GapReg', "your own as 'module:name'"),
-    ('opt', 'lion', 'adam, sgd$'), ('precision', 'fp16', 'float32, tf32, bf16$')])
+    ('opt', 'lion', "adam, sgd or your own as 'module:name'$"), ('precision', 'fp16', 'float32, tf32, bf16$')])
 def test_what_to_choose_instead(field, value, way):
     with pytest.raises(ValueError, match=f'^{field}={value!r}: choose {way}') as e: Run(**{field: value})
-    assert ('module:name' in str(e.value)) is (field in ('data', 'model', 'penalty'))
+    assert ('module:name' in str(e.value)) is (field not in ('at', 'precision'))
 
 
 @pytest.mark.parametrize('field', REGULARIZERS)

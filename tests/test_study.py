@@ -5,6 +5,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -349,6 +350,20 @@ def test_a_bad_device_is_one_error(path):
     with pytest.raises(ValueError, match='cuda:99'): run_all(grid(SIN, seed=range(3)), path, jobs=1, device='cuda:99')
 
 
+@pytest.mark.parametrize('asked,named', [(None, 'GRADREG_DEVICE'), ('abacus', 'device')])
+def test_a_bad_device_is_named_as_it_was_given(path, monkeypatch, asked, named):
+    monkeypatch.setenv('GRADREG_DEVICE', 'gpu')
+    with pytest.raises(ValueError, match=f"^{named}='{asked or 'gpu'}'"): run_all([SIN], path, jobs=1, device=asked)
+
+
+def test_a_long_error_ends_between_words(path):
+    words = ' '.join(f'word{i}' for i in range(500))
+    def wordy(r, device=None): raise RuntimeError(words)
+    with pytest.warns(UserWarning): status = run_all([SIN], path, jobs=1, run=wordy).status[0]
+    said, dots = status.removeprefix('RuntimeError: ').rsplit(' ', 1)
+    assert dots == '...' and set(said.split()) < set(words.split()) and 300 < len(status) < 620
+
+
 def test_a_path_that_cannot_be_written_is_one_error(path):
     for bad in path.parent, path.parent/'no'/'..', '~nobody1234/rows.csv':
         with pytest.raises((OSError, ValueError)): run_all([SIN], bad, jobs=1, run=refuse)
@@ -535,13 +550,25 @@ def test_tune_two_axes(path):
 
 def test_a_tie_is_called_a_tie(path):
     def work(r, device=None): return made(r, valid=.9 if r.spect_reg < 1 else .5)
-    with pytest.warns(UserWarning, match='spect_reg: 0.01, 0.1 tie .* taking 0.01, the smallest'):
+    with pytest.warns(UserWarning, match='^spect_reg=0.01 and spect_reg=0.1 tie .* taking spect_reg=0.01, the small'):
         assert tune(DIGITS, path, jobs=1, spect_reg=[.1, 1., .01], run=work).spect_reg == .01
-    with pytest.warns(UserWarning, match='wd, bn: .* tie'):
+    with pytest.warns(UserWarning, match='^wd=0.0, bn=False and wd=0.0, bn=True and .*bn=True tie'):
         assert tune(DIGITS, path, jobs=1, wd=[1, 0], bn=[True, False], run=work) == DIGITS
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert tune(DIGITS, path, jobs=1, spect_reg=[1., .01], run=work).spect_reg == .01
+
+
+def test_a_tie_over_two_axes_is_said_in_plain_numbers(path):
+    def work(r, device=None): return made(r, valid=.5)
+    with pytest.warns(UserWarning, match='^wd=0.0, lr=0.001 and wd=0.5, lr=0.001 tie .* taking wd=0.0, lr=0.001, the'):
+        tune(DIGITS, path, seeds=[0], jobs=1, wd=[0, np.float64(.5)], lr=1e-3, run=work)
+
+
+def test_tune_needs_an_axis(path):
+    with pytest.raises(ValueError, match='no axes: name a field'): tune(DIGITS, path, jobs=1, run=refuse)
+    with pytest.raises(ValueError, match='no axes: name a field'):
+        study.choose(DIGITS, pd.DataFrame([made(DIGITS, valid=.5)]), [])
 
 
 # Ray

@@ -12,8 +12,8 @@ from torch.utils.data import TensorDataset
 
 from gradreg import callbacks, penalties, training
 from gradreg.data import ArrayDataLoaders
-from gradreg.runs import REGULARIZERS, Run, Task
-from gradreg.training import HalfSumLoss, loaders, network, rehearse, resolve, run, task_of, top5
+from gradreg.runs import REGULARIZERS, Run, Task, resolve
+from gradreg.training import HalfSumLoss, loaders, network, rehearse, run, task_of, top5
 from samples import DIGITS, METRICS, SIN, metrics
 
 
