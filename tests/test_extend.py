@@ -204,7 +204,7 @@ def test_a_layer_of_ones_own(folder):
 
 
 def test_a_line_in_a_table(folder, monkeypatch):
-    "An optimizer, a probe and a backend; such a line is known to this process alone, so that all runs are here"
+    "An optimizer, a probe and a backend"
     for table, name in (OPTIMIZERS, 'plain'), (PROBES, 'last'), (BACKENDS, 'in_turn'):
         monkeypatch.setitem(table, name, f'my_tables:{name}')
     runs = grid(replace(IMAGES, penalty='', spect_reg=.1), opt=['sgd', 'plain'], probe=['gaussian', 'last'])
