@@ -343,7 +343,7 @@ def as_arrays(
     d, parts = {}, dict(zip(('train', 'test'), data if isinstance(data, tuple) else (data,)))
     for part,ds in parts.items():
         x, y = zip(*((_pixels(im), label) for im,label in (ds[i] for i in range(len(ds)))))
-        if len({o.shape for o in x}) > 1: raise ValueError(f'{part}: give all images one size, as Resize((64, 64)) does')
+        if len({o.shape for o in x}) > 1: raise ValueError(f'{part}: give images one size, as Resize((64, 64)) does')
         d.update({f'x_{part}': np.stack(x), f'y_{part}': np.asarray(y)})
     names = [list(o.classes) for o in parts.values() if hasattr(o, 'classes')] or [None]
     if names[0] != names[-1]: raise ValueError(f'training and test set have other classes: {shown(names, 200)}')

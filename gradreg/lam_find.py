@@ -41,6 +41,7 @@ def _same_tensors(model):
         for p,g in grads: p.grad = g
         for m,training in modes.items(): m.training = training
 
+# %% ../nbs/17_lam_find.ipynb #942c4ff3
 @contextmanager
 def _same_state(opt):
     kept = opt and copy.deepcopy(opt.state_dict())
