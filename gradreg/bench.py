@@ -225,9 +225,9 @@ def add(
 )->None:
     "Put rows into a file, in the place of those of the same case and device."
     key = lambda row: tuple(str(row[k]) for k in ('device', *asdict(Case())))
-    new = {key(row) for row in rows}
+    new = {key(row): row for row in rows}
     old = load_rows(path).to_dict('records') if Path(path).exists() else []
-    write_rows(path, [row for row in old if key(row) not in new] + rows)
+    write_rows(path, [new.pop(key(row), row) for row in old] + [*new.values()])
 
 # %% ../nbs/24_bench.ipynb #65c643a7
 def bench(

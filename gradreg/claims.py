@@ -204,14 +204,14 @@ def gained(
     return claims.join(found.assign(setting=found.setting.map(SETTINGS)), how='inner')
 
 # %% ../nbs/09_claims.ipynb #bd82c745
-def _cost(bench):
-    "What a training step takes with each penalty on each batch, on the first network and device of the benchmark."
+def _cost(bench, methods):
+    "What a step takes with each of the methods on each batch, on the first network and device of the benchmark."
     if bench.empty: return 'That was not measured'
     o = bench.iloc[0]
     rows = bench[(bench.network == o.network) & (bench.device == o.device) & (bench.every == 1)]
-    rows = rows[~rows.fast & ~rows.captured & (rows.penalty != 'none')].sort_values('ratio', kind='stable')
+    rows = rows[~rows.fast & ~rows.captured].sort_values('ratio', kind='stable')
     names = rows.penalty.str.title().str.replace('_', '')
-    times = ', '.join(f'{ratio:.1f} with {m}' for m,ratio in zip(names, rows.ratio))
+    times = ', '.join(f'{ratio:.1f} with {m}' for m,ratio in zip(names, rows.ratio) if m in methods)
     return f'A training step takes, in plain steps, {times} ({o.network}, {o.device})'
 
 def _gains(rows): return ', '.join(f'{told(o)} on {o.setting}' for o in rows.itertuples()) or 'not asked yet'
@@ -235,7 +235,7 @@ def headlines(
             f"How much? SpectReg, the paper's own: {_gains(alone[alone.method == 'SpectReg'])}.",
             f'How sure? Means over {run.n.min():.0f} to {run.n.max():.0f} pairs of runs that share their seed; '
             '± is half of the 95 % interval.',
-            f'What does it cost? {_cost(bench)}.',
+            f'What does it cost? {_cost(bench, set(alone.method))}.',
             f'Where does the paper not hold? In {len(against)} of {(claims.n > 0).sum()} claims that were tested, '
             f"most clearly: {'; '.join(map(_short, worst.itertuples()))}."]
 
