@@ -23,7 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 from .capture import CudaRecorder
 from .double_backward import fast_double_backward
 from .models import cifar_resnet, lenet5, resnet18
-from .penalties import confidence_penalty, double_back, frob_reg, gaussian, jac_reg, spect_reg
+from .penalties import (confidence_penalty, double_back, frob_reg, gaussian, global_generator, jac_reg,
+                               spect_reg)
 from .relatives import (data_grad, finite_difference, layerwise, spectral_norm_reg, start_vectors, tangent_prop,
                                tangents, weight_spectral_norms)
 from .rows import load_rows, results, write_rows
@@ -58,19 +59,15 @@ def attention(
     return nn.Sequential(nn.Conv2d(3, 192, 4, 4), _Tokens(), *blocks, _Mean(), nn.Linear(192, n_out))
 
 # %% ../nbs/24_bench.ipynb #b0b6210e
-def _world(x): # what draws there, known to CUDA graphs
-    if x.is_cpu: return torch.default_generator
-    return torch.get_device_module(x.device).default_generators[x.device.index or 0]
-
 MEASURED = {'lenet5': (lenet5, (1, 28, 28), 10), 'cifar_resnet': (cifar_resnet, (3, 32, 32), 10),
             'resnet18': (resnet18, (3, 64, 64), 200), 'attention': (attention, (3, 32, 32), 10)}
 def _losses(z, y): return F.cross_entropy(z, y, reduction='none')
 
 PENALTIES = {'none': None, 'confidence_penalty': lambda z, x, y, net: confidence_penalty(z),
              'spect_reg': lambda z, x, y, net: spect_reg(z, x),
-             'jac_reg': lambda z, x, y, net: jac_reg(z, x, generator=_world(x)),
+             'jac_reg': lambda z, x, y, net: jac_reg(z, x, generator=global_generator(x.device)),
              'double_back': lambda z, x, y, net: double_back(_losses(z, y), x),
-             'frob_reg': lambda z, x, y, net: frob_reg(z, x, generator=_world(x))}
+             'frob_reg': lambda z, x, y, net: frob_reg(z, x, generator=global_generator(x.device))}
 
 
 # %% ../nbs/24_bench.ipynb #6c1f20ad

@@ -6,7 +6,7 @@
 __all__ = ['cost', 'on_processes', 'on_ray', 'run_all', 'choose', 'tune', 'readable']
 
 # %% ../nbs/20_study.ipynb #d1574276
-import hashlib, itertools, os, re, sys, threading, time, warnings
+import hashlib, itertools, math, os, re, sys, threading, time, warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from concurrent.futures.process import BrokenProcessPool
@@ -295,6 +295,12 @@ def tune(
     return choose(base, run_all(grid(base, **axes, seed=seeds), path, jobs, backend, device, run), axes)
 
 # %% ../nbs/20_study.ipynb #f3a8e90d
+def _percent(df):
+    "Accuracy in percent, and nothing where a task has another score."
+    asked = df.drop_duplicates('data')[['data', 'n_train', 'n_valid', 'bs', 'seed']].to_dict('records')
+    tasks = {o['data']: task_of(Run(**o)) for o in asked}
+    return df.test.astype(float)*[tasks[o].scale if tasks[o].metric == 'accuracy' else math.nan for o in df.data]
+
 def readable(
     df:pd.DataFrame # rows as `run_all` returns them
 )->pd.DataFrame: # with method ('baseline', 'SpectReg', ...), net ('plain', 'BatchNorm', 'dropout'), accuracy (percent)
@@ -305,4 +311,4 @@ def readable(
         return ' + '.join(used + [name(o['penalty'])]*(o.get('strength', 0) > 0)) or 'baseline'
     net = ['BatchNorm' if o.bn else 'dropout' if o.p_drop else 'plain' for o in df.itertuples()]
     df = df.reindex(columns=dict.fromkeys([*df, 'test', 'valid']))  # a table without rows has no scores yet
-    return df.assign(method=[method(o) for o in df.to_dict('records')], net=net, accuracy=100*df.test)
+    return df.assign(method=[method(o) for o in df.to_dict('records')], net=net, accuracy=_percent(df))
