@@ -2,7 +2,7 @@
 import os, subprocess, sys
 from pathlib import Path
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')  # `make test` has a process for each core: threads would wait in turns
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # processes fill the cores, threads would wait in turns
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when CUDA starts, for `repeatable`
 
 import pytest, torch  # noqa: E402 (both are read at this import)

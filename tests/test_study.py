@@ -1,6 +1,7 @@
 "What a reader of chapter 20_study need not see: interrupted, killed and concurrent sweeps, a real Ray"
 import importlib.util, math, multiprocessing, os, shutil, signal, socket, subprocess, sys, tempfile, threading, time
 import uuid, warnings
+from functools import partial
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -594,15 +595,15 @@ class FakeRay:
                 ray.started.append(args)
                 ray.flying += 1
                 ray.most = max(ray.most, ray.flying)
-                return (len(ray.started), self.f, tuple(tuple(o) if isinstance(o, list) else o for o in args))
+                return partial(self.f, *args)
         return Task
     def wait(self, refs):
         self.flying -= 1
         return [refs[-1]], refs[:-1]
     def get(self, ref):
-        if ref[2][0].seed in self.dies: raise self.exceptions.RayError('the worker died unexpectedly')
-        return ref[1](*ref[2])
-    def cancel(self, ref, force): self.cancelled.append(ref[2][0].seed)
+        if ref.args[0].seed in self.dies: raise self.exceptions.RayError('the worker died unexpectedly')
+        return ref()
+    def cancel(self, ref, force): self.cancelled.append(ref.args[0].seed)
 
 
 @pytest.mark.parametrize('jobs,gpus', [(2, 0), (None, 0), (3, 8)])
@@ -654,7 +655,7 @@ def cluster(log):
     finally:
         kids = head.children(recursive=True) if p.poll() is None else []
         for o in [p, *kids]:
-            with suppress(psutil.NoSuchProcess): o.terminate()
+            with suppress(psutil.NoSuchProcess): o.kill()  # asked to end, Ray takes half a minute
         p.wait(900)
         wait_for(lambda: gone(kids))
         shutil.rmtree(temp, ignore_errors=True)
