@@ -19,8 +19,8 @@ export: install ## notebooks -> gradreg/*.py and README.md, then clean the noteb
 	.venv/bin/nbdev_clean
 	$(PY) docs/make_readme.py
 
+# three processes, of one thread each, keep two cores busy: some tests wait
 test: install .venv/docs ci-browser ## every check there is, notebooks included (the CI suite)
-	# three processes, of one thread each, keep two cores busy: some tests wait
 	$(PY) -m pytest -q -n 3 --dist loadfile tests
 
 test-latest: ## the installed package alone, with the newest fastai and fastcore, in a second environment
