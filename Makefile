@@ -19,9 +19,9 @@ export: install ## notebooks -> gradreg/*.py and README.md, then clean the noteb
 	.venv/bin/nbdev_clean
 	$(PY) docs/make_readme.py
 
-# three processes of one thread keep two cores busy, for some tests wait; files in order, as those of few tests are long
+# three processes of one thread keep two cores busy, for some tests wait
 test: install .venv/docs ci-browser ## every check there is, notebooks included (the CI suite)
-	$(PY) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests
+	$(PY) -m pytest -q -n 3 tests
 
 test-latest: ## the installed package alone, with the newest fastai and fastcore, in a second environment
 	python3 -m venv .venv-latest

@@ -36,6 +36,14 @@ def runner():
     p.stdin.close()
     p.wait()
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "The tests of a file go to one process, for what they share is made once; each notebook goes by itself."
+    from xdist.scheduler import LoadScopeScheduling
+    class Spread(LoadScopeScheduling):
+        def _split_scope(self, nodeid): return nodeid if 'test_notebooks' in nodeid else nodeid.split('::')[0]
+    return Spread(config, log)
+
 def on_cuda(item):
     params = item.callspec.params.values() if hasattr(item, 'callspec') else ()
     return item.get_closest_marker('cuda') or any(isinstance(o, str) and o == 'cuda' for o in params)

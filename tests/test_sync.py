@@ -116,7 +116,7 @@ def test_notebook_opens_with_title_and_sentence(path):
 @each_notebook
 def test_outputs_are_stored_and_free_of_errors(
     path,
-):  # that they are the outputs of these cells, test_notebooks*.py check
+):  # that they are the outputs of these cells, test_notebooks.py checks
     assert outputs(path), 'execute the notebook before you commit it'
     for o in outputs(path): assert o['output_type'] != 'error' and o.get('name') != 'stderr', o
 
