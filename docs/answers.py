@@ -7,9 +7,8 @@ from gradreg import relative_callbacks
 from gradreg.claims import SETTINGS, all_claims, claim, gained, told, wording
 from gradreg.notebooks import studies
 from gradreg.rows import load_rows
-from gradreg.runs import REGULARIZERS
+from gradreg.runs import REGULARIZERS, resolve
 from gradreg.tables import compare
-from gradreg.training import resolve
 from tables import runs_in
 
 classes = {c: resolve(path) for c,path in REGULARIZERS.items()}

@@ -4,8 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 import pandas as pd
 from gradreg.rows import load_rows
-from gradreg.runs import DATA, REGULARIZERS, Run
-from gradreg.training import resolve
+from gradreg.runs import DATA, REGULARIZERS, Run, resolve
 
 here = Path(__file__).resolve().parent
 root = here.parent

@@ -69,7 +69,6 @@ PENALTIES = {'none': None, 'confidence_penalty': lambda z, x, y, net: confidence
              'double_back': lambda z, x, y, net: double_back(_losses(z, y), x),
              'frob_reg': lambda z, x, y, net: frob_reg(z, x, generator=global_generator(x.device))}
 
-
 # %% ../nbs/24_bench.ipynb #6c1f20ad
 RELATIVES = {
     'tangent_prop': lambda z, x, y, net: tangent_prop(z, x, tangents(x.detach()), gaussian(z)),

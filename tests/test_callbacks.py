@@ -35,8 +35,7 @@ from gradreg.data import ArrayDL, ArrayDS
 from gradreg.jacobians import NoSecondDerivative
 from gradreg.penalties import (class_axis, frob_reg, gaussian, global_generator, one_direction, rademacher, spect_reg,
                                sphere)
-from gradreg.runs import REGULARIZERS
-from gradreg.training import resolve
+from gradreg.runs import REGULARIZERS, resolve
 from nets import F64, CPUMixedPrecision, rowwise
 
 PENALTIES = [*map(resolve, REGULARIZERS.values())]

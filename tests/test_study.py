@@ -1,9 +1,9 @@
 "What a reader of chapter 20_study need not see: interrupted, killed and concurrent sweeps, a real Ray"
 import importlib.util, math, multiprocessing, os, shutil, signal, socket, subprocess, sys, tempfile, threading, time
 import uuid, warnings
-from functools import partial
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
